@@ -1,0 +1,276 @@
+"""DRUnet V2: a 2.5D deep residual U-Net with dilation, squeeze-and-excitation and attention gates.
+
+    slab (C*K, H, W) -> 64 -> 128 -> 256 -> 512 -> [1024] -> 512 -> 256 -> 128 -> 64 -> logits (R, H, W)
+                        |______|______|______|___ gates ___|______|______|______|
+
+U-Net: Ronneberger et al. 2015 (arXiv 1505.04597). Residual blocks: He et al. 2016 (arXiv 1603.05027 and 1512.03385).
+Dilation: Yu and Koltun 2016 (arXiv 1511.07122). Squeeze-and-excitation: Hu et al. 2018 (arXiv 1709.01507).
+Attention gates: Oktay et al. 2018 (arXiv 1804.03999). A decoder lighter than the encoder, one 3 x 3 convolution a
+level, follows the residual-encoder nnU-Net: Isensee et al. 2024 (arXiv 2404.09556).
+
+Run as a command it prints parameters, GFLOP per slab and activation memory:
+
+    python model_drunet_v2.py --widths 64 128 256 512 1024
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils_v2 import InputError, option, run_command
+
+WIDTHS = (64, 128, 256, 512, 1024)
+
+
+def conv3x3(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Conv2d:
+    """Return a 3 x 3 convolution that keeps H and W; its bias would be undone by the norm that follows."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False)
+
+
+class SqueezeExcitation(nn.Module):
+    """Scale each channel by a weight in 0..1 computed from the means of all channels; x (N, C, H, W)."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(4, channels // reduction)
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.excite = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with its channels scaled."""
+        weight = F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))  # (N, C/16, 1, 1)
+        return x * torch.sigmoid(self.excite(weight))  # (N, C, H, W)
+
+
+class ResidualBlock(nn.Module):
+    """3 x 3 convolutions with batch norm, then SE, added to the input; x (N, in, H, W) -> (N, out, H, W).
+
+    One convolution per entry of `dilations`. With `residual` off the block is the plain stack.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, dilations: Sequence[int], use_se: bool, residual: bool
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index, dilation in enumerate(dilations):
+            layers += [nn.ReLU(inplace=True)] if index else []
+            layers += [conv3x3(in_channels if index == 0 else out_channels, out_channels, dilation)]
+            layers += [nn.BatchNorm2d(out_channels)]
+        self.convolutions = nn.Sequential(*layers)
+        self.se = SqueezeExcitation(out_channels) if use_se else nn.Identity()
+        self.shortcut: nn.Module | None = None
+        if residual and in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        elif residual:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output after its last ReLU."""
+        y = self.se(self.convolutions(x))  # (N, out, H, W)
+        if self.shortcut is not None:
+            y = y + self.shortcut(x)  # (N, out, H, W)
+        return F.relu(y, inplace=True)
+
+
+class AttentionGate(nn.Module):
+    """Weigh each pixel of a skip by 0..1, judged from the skip and the coarser decoder features below it.
+
+    skip (N, C, H, W), below (N, G, H/2, W/2) -> (N, C, H, W). The judgement is made at the coarse resolution, where
+    it costs a quarter, and upsampled.
+    """
+
+    def __init__(self, skip_channels: int, below_channels: int) -> None:
+        super().__init__()
+        hidden = max(4, skip_channels // 2)
+        self.from_skip = nn.Conv2d(skip_channels, hidden, 2, stride=2, bias=False)
+        self.from_below = nn.Conv2d(below_channels, hidden, 1)
+        self.judge = nn.Conv2d(hidden, 1, 1)
+
+    def forward(self, skip: Tensor, below: Tensor) -> Tensor:
+        """Return the gated skip."""
+        joint = F.relu(self.from_skip(skip) + self.from_below(below))  # (N, C/2, H/2, W/2)
+        weight = torch.sigmoid(self.judge(joint))  # (N, 1, H/2, W/2)
+        return skip * F.interpolate(weight, scale_factor=2.0, mode="bilinear")  # (N, C, H, W)
+
+
+class DecoderLevel(nn.Module):
+    """Bring the features below to the skip's size and width, join them with the gated skip, refine.
+
+    below (N, 2C, H/2, W/2), skip (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(
+        self, below_channels: int, channels: int, use_attention: bool, use_se: bool, residual: bool
+    ) -> None:
+        super().__init__()
+        self.gate = AttentionGate(channels, below_channels) if use_attention else None
+        self.narrow = nn.Conv2d(below_channels, channels, 1, bias=False)
+        self.join = nn.Sequential(
+            nn.Conv2d(2 * channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        )
+        self.refine = ResidualBlock(channels, channels, (1,), use_se, residual)
+
+    def forward(self, below: Tensor, skip: Tensor) -> Tensor:
+        """Return the level's output."""
+        up = F.interpolate(self.narrow(below), scale_factor=2.0, mode="bilinear")  # (N, C, H, W)
+        if self.gate is not None:
+            skip = self.gate(skip, below)  # (N, C, H, W)
+        return self.refine(self.join(torch.cat((up, skip), 1)))  # (N, C, H, W)
+
+
+class DRUNetV2(nn.Module):
+    """The network: slabs (N, in_channels, H, W) -> logits (N, num_regions, H, W), one sigmoid per region.
+
+    `widths` are the filters of each level, the last one the bottleneck. H and W must be multiples of
+    2 ** (levels - 1), 16 by default; ValueError otherwise. `use_se`, `use_attention`, `dilated` and `residual` switch
+    off one part each, for ablations.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_regions: int = 1,
+        widths: Sequence[int] = WIDTHS,
+        use_se: bool = True,
+        use_attention: bool = True,
+        dilated: bool = True,
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"widths {tuple(widths)}: at least two positive filter counts are needed")
+        self.in_channels = in_channels
+        self.multiple = 2 ** (len(widths) - 1)
+        dilations = (1, 2) if dilated else (1, 1)
+        inputs = (in_channels, *widths[:-1])
+        self.encoder = nn.ModuleList(
+            ResidualBlock(before, width, dilations, use_se, residual)
+            for before, width in zip(inputs, widths, strict=True)
+        )
+        self.decoder = nn.ModuleList(
+            DecoderLevel(below, width, use_attention, use_se, residual)
+            for width, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
+        )
+        self.head = nn.Conv2d(widths[0], num_regions, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights: He et al. 2015 for convolutions; a head that starts at p = 0.05 as tumour is rare."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.constant_(self.head.bias, -2.94)
+
+    def forward(self, slab: Tensor) -> Tensor:
+        """Return the logits of a batch of slabs."""
+        if slab.ndim != 4 or slab.shape[1] != self.in_channels:
+            raise ValueError(
+                f"slabs of shape (N, {self.in_channels}, H, W) are needed, got {tuple(slab.shape)}"
+            )
+        if slab.shape[2] % self.multiple or slab.shape[3] % self.multiple:
+            raise ValueError(f"H and W must be multiples of {self.multiple}, got {tuple(slab.shape[2:])}")
+        skips = []
+        x = self.encoder[0](slab)  # (N, 64, H, W)
+        for level in self.encoder[1:]:
+            skips.append(x)
+            x = level(F.max_pool2d(x, 2))  # (N, 128, H/2, W/2) ... (N, 1024, H/16, W/16)
+        for level in self.decoder:
+            x = level(x, skips.pop())  # (N, 512, H/8, W/8) ... (N, 64, H, W)
+        return self.head(x)  # (N, R, H, W)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Size and cost
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_flops(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
+    """Return the floating-point operations of a forward pass on `shape`, a multiply-add counting as two.
+
+    Counted by torch on the convolutions that run; norms, activations and interpolation are left out.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(shape))
+    return counter.get_total_flops()
+
+
+def measure_activation_bytes(
+    model: nn.Module, shape: tuple[int, int, int, int], bytes_per_value: int = 2
+) -> int:
+    """Return the bytes autograd keeps for the backward pass of a training step on `shape`, weights left out.
+
+    Each storage counts once. Measured in float32 and scaled to `bytes_per_value` (2 is bfloat16 or float16).
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            bytes_kept = storage.nbytes() * (bytes_per_value / 4 if tensor.dtype == torch.float32 else 1)
+            kept[storage.data_ptr()] = (
+                int(bytes_kept),
+                tensor,
+            )  # the tensor stays, so its address is not used anew
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        model(torch.zeros(shape))
+    return sum(size for size, _ in kept.values())
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Settings of the model report."""
+
+    in_channels: int = option(3, "channels of a slab: modalities times slices")
+    num_regions: int = option(1, "regions, one logit map each")
+    widths: tuple[int, ...] = option(WIDTHS, "filters per level, the last is the bottleneck")
+    size: int = option(256, "height and width of a slab")
+    use_se: bool = option(True, "squeeze-and-excitation in every residual block")
+    use_attention: bool = option(True, "attention gates on the skips")
+    dilated: bool = option(True, "dilation in the encoder")
+    residual: bool = option(True, "residual connections in the blocks")
+
+
+def main(config: ModelConfig) -> None:
+    """Print the network's size and cost."""
+    parts = (config.use_se, config.use_attention, config.dilated, config.residual)
+    try:
+        model = DRUNetV2(config.in_channels, config.num_regions, config.widths, *parts)
+        shape = (1, config.in_channels, config.size, config.size)
+        flops = count_flops(model, shape)
+    except ValueError as error:
+        raise InputError(f"{error}; change --widths or --size.") from error
+    activation = measure_activation_bytes(model, (2, *shape[1:])) / 2
+    with torch.no_grad():
+        output = model(torch.zeros(2, *shape[1:])).shape
+    print(f"DRUNetV2, widths {'-'.join(map(str, config.widths))}, input {shape[1:]}")
+    print(f"parameters           {count_parameters(model) / 1e6:.2f} million")
+    print(f"forward pass         {flops / 1e9:.1f} GFLOP per slab (a multiply-add is 2)")
+    print(
+        f"saved activations    {activation * 16 / 2**30:.2f} GiB at batch 16 in 16 bits, for the backward pass"
+    )
+    print(f"output               (N, {', '.join(map(str, output[1:]))})")
+
+
+if __name__ == "__main__":
+    run_command(main, ModelConfig, "Print the size and cost of the network.")
