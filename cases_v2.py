@@ -1,9 +1,10 @@
 """From disk to cases and volumes, and back: layouts, label conventions, orientation, reading and writing.
 
-nibabel's (X, Y, Z) exists only in this file. Everywhere else a volume is (C, D, H, W) and labels are (D, H, W),
-oriented LPS: D runs to superior, H to posterior, W to the patient's left, as BraTS files have it.
+nibabel's (X, Y, Z) exists only in this file. Everywhere else a volume is (C, D, H, W) and labels are (D, H,
+W), oriented LPS: D runs to superior, H to posterior, W to the patient's left, as BraTS files have it.
 """
 
+import itertools
 import os
 import re
 import zlib
@@ -56,9 +57,9 @@ class LoadedCase:
     spacing_mm: tuple[float, float, float]  # (D, H, W)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Finding cases
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def patient_of(case_id: str) -> str:
@@ -141,8 +142,8 @@ def find_cases(
 ) -> list[Case]:
     """Return every case below a folder, sorted by id; layouts are told by the file names (LAYOUTS).
 
-    `modalities` are the ones each case must have. Raises InputError where the folder is missing or holds no case,
-    a case lacks a modality, or an id occurs twice.
+    `modalities` are the ones each case must have. Raises InputError where the folder is missing or holds no
+    case, a case lacks a modality, or an id occurs twice.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -154,10 +155,10 @@ def find_cases(
             cases += resolve(Path(parent), names, root.resolve().name, slice_channel)
     if not cases:
         raise InputError(
-            f"{root}: no case found; expected <case>/<case>_flair.nii.gz (BraTS 2021) or <case>/<case>_<z>.png|tif."
+            f"{root}: no case found; expected <case>_flair.nii.gz (BraTS 2021) or <case>_<z>.png|tif."
         )
     cases.sort(key=lambda case: case.case_id)
-    for case, following in zip(cases, cases[1:], strict=False):
+    for case, following in itertools.pairwise(cases):
         if case.case_id == following.case_id:
             raise InputError(f"{root}: case {case.case_id} is there twice; remove or rename one of the two.")
     for case in cases:
@@ -203,9 +204,9 @@ def is_phantom(case: Case) -> bool:
     return bytes(read_nifti(path).header["descrip"]).rstrip(b"\0") == PHANTOM_DESCRIPTION.encode()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_nifti(path: Path) -> nib.Nifti1Image:
@@ -252,7 +253,7 @@ def read_slices(paths: Sequence[Path], channel: int) -> np.ndarray:
 
 
 def read_labels(case: Case) -> np.ndarray:
-    """Return a case's reference labels (D, H, W) uint8; raises InputError on a value its convention does not know."""
+    """Return a case's reference labels (D, H, W) uint8; raises InputError on an unknown value."""
     if case.layout == "slices":
         labels = read_slices(case.mask, case.slice_channel)
         values = np.unique(labels)
@@ -262,8 +263,8 @@ def read_labels(case: Case) -> np.ndarray:
     known = {0, *LABEL_CONVENTIONS[case.convention]["WT"]}
     if unknown := sorted({float(value) for value in np.unique(labels)} - known):
         raise InputError(
-            f"{_file_with_value(case, unknown[0])}: unknown label {unknown[0]:g}; "
-            f"{case.convention} masks hold {sorted(known)}{' or 255' if case.layout == 'slices' else ''} only."
+            f"{_file_with_value(case, unknown[0])}: unknown label {unknown[0]:g}; {case.convention} masks "
+            f"hold {sorted(known)}{' or 255' if case.layout == 'slices' else ''} only."
         )
     return labels.astype(np.uint8)
 
@@ -277,8 +278,8 @@ def _file_with_value(case: Case, value: float) -> Path:
 def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
     """Read a case's modalities, in the order given, and its labels where it has a mask.
 
-    Raises InputError naming the file where one is unreadable, differs in shape, or holds an unknown label. The
-    spacing of PNG and TIF slices is unknown and stated as 1 mm.
+    Raises InputError naming the file where one is unreadable, differs in shape, or holds an unknown label.
+    The spacing of PNG and TIF slices is unknown and stated as 1 mm.
     """
     volumes, affine = [], SLICES_AFFINE
     for name in modalities:
@@ -297,29 +298,30 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
     labels = read_labels(case) if case.mask else None
     if labels is not None and labels.shape != volumes[0].shape:
         raise InputError(
-            f"{case.mask[0]}: the mask has shape {labels.shape}, the case's {modalities[0]} {volumes[0].shape}."
+            f"{case.mask[0]}: the mask has shape {labels.shape}, the {modalities[0]} {volumes[0].shape}."
         )
     spacing_mm = tuple(float(size) for size in nib.affines.voxel_sizes(affine)[::-1])
     return LoadedCase(np.stack(volumes), labels, affine, spacing_mm)
 
 
 def regions_from_labels(labels: np.ndarray, convention: str, regions: Sequence[str]) -> np.ndarray:
-    """Return bool masks (R, D, H, W) of the named regions; raises InputError where the convention lacks one."""
+    """Return bool masks (R, D, H, W) of the named regions; InputError where there is none of one."""
     table = LABEL_CONVENTIONS[convention]
     if missing := [region for region in regions if region not in table]:
         raise InputError(f"--regions {missing[0]}: {convention} masks hold only {', '.join(table)}.")
     return np.stack([np.isin(labels, table[region]) for region in regions])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Writing
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def labels_from_regions(masks: np.ndarray, regions: Sequence[str]) -> np.ndarray:
     """Return BraTS labels (D, H, W) uint8 of region masks (R, D, H, W).
 
-    ET becomes 4, the rest of TC 1, the rest of WT 2; a network of WT alone says nothing of the core and writes 2.
+    ET becomes 4, the rest of TC 1, the rest of WT 2; a network of WT alone says nothing of the core and
+    writes 2.
     """
     labels = np.zeros(masks.shape[1:], np.uint8)
     for region, value in OUTPUT_LABELS.items():
@@ -331,8 +333,8 @@ def labels_from_regions(masks: np.ndarray, regions: Sequence[str]) -> np.ndarray
 def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
     """Write predicted labels (D, H, W) beside a case's geometry and return the path.
 
-    NIfTI cases: `<case>_seg.nii.gz`, uint8, in the orientation, affine and header of the case's first modality.
-    Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`, 0 and 255.
+    NIfTI cases: `<case>_seg.nii.gz`, uint8, in the orientation, affine and header of the case's first
+    modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`, 0 and 255.
     """
     paths = next(iter(case.modalities.values()))
     if case.layout == "slices":

@@ -1,7 +1,4 @@
-"""From volumes to balanced, augmented slabs: normalisation, cache, split, balance, loaders.
-
-Training, validation, audit and prediction all reach pixels through `normalise_volume`, `gather_slab` and
-`fit_slices`, so the network never meets a pixel at test time that was made another way at training time.
+"""From cases to balanced, augmented training slabs: split by patient, slice balance, augmentation, loaders.
 
 Run as a command it prints the slice balance of a data set before and after weighting and draws it:
 
@@ -11,7 +8,6 @@ Run as a command it prints the slice balance of a data set before and after weig
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,235 +17,30 @@ os.environ.setdefault(
     "NO_ALBUMENTATIONS_UPDATE", "1"
 )  # it asks a server for its newest version at import otherwise
 
-import albumentations as A  # noqa: E402, N812
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.utils.data import DataLoader, Dataset, Sampler  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import albumentations as A
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cases_v2 import Case, LoadedCase, find_cases, load_case, regions_from_labels, with_reference  # noqa: E402
-from utils_v2 import InputError, option, run_command, write_atomically, write_json  # noqa: E402
+from cases_v2 import Case, find_cases, with_reference
+from plots_v2 import plot_balance
+from utils_v2 import InputError, option, run_command
+from volumes_v2 import (
+    BRAIN_SLICE_VOXELS,
+    Z_RANGE,
+    PreparedCase,
+    fit_slices,
+    gather_slab,
+    place_slices,
+    prepare_cases,
+)
 
-Z_RANGE = (-3.0, 6.0)  # normalised intensities are clipped to it; augmentation maps it to 0..1
-RESIZE_ABOVE = 1.25  # slices up to a quarter larger than the network's input are cropped, larger ones resized
-BRAIN_SLICE_VOXELS = 64  # a slice with fewer brain voxels counts as empty
-CACHE_VERSION = 1  # raise when normalisation changes: old cache entries are then never read
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Normalisation and geometry
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def brain_mask(intensities: np.ndarray) -> np.ndarray:
-    """Return the bool foreground (D, H, W) of one modality: skull-stripped brain, or the head where it is not.
-
-    Background is the commonest value on the slices' borders. Foreground is what lies above it by a tenth of the way
-    to the 99.5th percentile of the brighter voxels, which leaves out the noise of air. All False for a constant
-    volume.
-    """
-    border = np.concatenate([intensities[:, (0, -1), :].ravel(), intensities[:, :, (0, -1)].ravel()])
-    values, counts = np.unique(border, return_counts=True)
-    background = values[counts.argmax()]
-    brighter = intensities[intensities > background]
-    if brighter.size == 0:
-        return np.zeros(intensities.shape, bool)
-    return intensities > background + 0.1 * (np.percentile(brighter, 99.5) - background)
-
-
-def normalise_volume(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (z-scores (C, D, H, W) float32 in Z_RANGE, brain voxels (D,) of the first modality).
-
-    Mean and SD are those of each modality's own foreground, clipped to its 0.5th to 99.5th percentile, so a few
-    outlier voxels move nothing. Values are rounded to float16, the precision of the cache, so that pixels are the
-    same with and without it. A constant modality becomes 0.
-    """
-    scores = np.zeros_like(volume, dtype=np.float32)
-    brain_voxels = np.zeros(volume.shape[1], np.int64)
-    for channel, intensities in enumerate(volume):
-        mask = brain_mask(intensities)
-        if channel == 0:
-            brain_voxels = mask.sum((1, 2))
-        inside = intensities[mask]
-        if inside.size == 0:
-            continue
-        inside = np.clip(inside, *np.percentile(inside, [0.5, 99.5]))
-        deviation = float(inside.std()) or 1.0
-        z = np.clip((intensities - float(inside.mean())) / deviation, *Z_RANGE)
-        scores[channel] = z.astype(np.float16)
-    return scores, brain_voxels
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How native slices lie in the network's input: resized to `inner`, then padded or centre-cropped to `size`."""
-
-    native: tuple[int, int]  # (H, W) on the native grid
-    inner: tuple[int, int]  # (H, W) after resizing; equal to native where nothing was resized
-    size: int  # side of the network's input
-
-
-def place_slices(height: int, width: int, size: int) -> Placement:
-    """Return the placement of (height, width) slices in a size x size input."""
-    longest = max(height, width)
-    if longest <= RESIZE_ABOVE * size:
-        return Placement((height, width), (height, width), size)
-    scale = size / longest
-    return Placement((height, width), (max(1, round(height * scale)), max(1, round(width * scale))), size)
-
-
-def _pad_or_crop(array: np.ndarray, height: int, width: int, mode: Literal["edge", "constant"]) -> np.ndarray:
-    """Centre the last two axes of an array in (height, width); padding with this target is undone by cropping."""
-    for axis, target in ((-2, height), (-1, width)):
-        excess = array.shape[axis] - target
-        if excess > 0:
-            array = np.take(array, range(excess // 2, excess // 2 + target), axis)
-        elif excess < 0:
-            before = -excess // 2
-            padding = [(0, 0)] * array.ndim
-            padding[axis] = (before, -excess - before)
-            array = np.pad(array, padding, mode=mode)
-    return array
-
-
-def fit_slices(slices: np.ndarray, placement: Placement, is_mask: bool = False) -> np.ndarray:
-    """Bring slices (..., H, W) from the native grid to (..., size, size).
-
-    Intensities are padded with their edge values and resized by area; masks are padded with 0 and resized by nearest
-    neighbour. With padding alone, `unfit_slices` gives the input back exactly.
-    """
-    if placement.inner != placement.native:
-        interpolation = cv2.INTER_NEAREST if is_mask else cv2.INTER_AREA
-        slices = _resize(slices, placement.inner, interpolation)
-    return _pad_or_crop(slices, placement.size, placement.size, "constant" if is_mask else "edge")
-
-
-def unfit_slices(slices: np.ndarray, placement: Placement) -> np.ndarray:
-    """Bring probabilities (..., size, size) back to the native grid (..., H, W); 0 where the crop cut voxels off."""
-    slices = _pad_or_crop(slices, *placement.inner, "constant")
-    if placement.inner != placement.native:
-        slices = _resize(slices, placement.native, cv2.INTER_LINEAR)
-    return slices
-
-
-def _resize(slices: np.ndarray, shape: tuple[int, int], interpolation: int) -> np.ndarray:
-    flat = slices.reshape(-1, *slices.shape[-2:])
-    kind = np.uint8 if flat.dtype == np.bool_ else np.float32
-    resized = np.stack([cv2.resize(s.astype(kind), shape[::-1], interpolation=interpolation) for s in flat])
-    return resized.astype(slices.dtype).reshape(*slices.shape[:-2], *shape)
-
-
-def gather_slab(volume: np.ndarray, z: int, context: int) -> np.ndarray:
-    """Return slices z - context .. z + context of a volume (C, D, H, W) as one slab (C*K, H, W).
-
-    Channel order: all slices of the first modality, then of the next. Slices beyond the ends repeat the end slice.
-    """
-    depth = volume.shape[1]
-    if not 0 <= z < depth:
-        raise ValueError(f"slice {z} is outside 0..{depth - 1}")
-    indices = np.clip(np.arange(z - context, z + context + 1), 0, depth - 1)
-    return volume[:, indices].reshape(-1, *volume.shape[2:])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Prepared cases: decoded and normalised once, memory-mapped from then on
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PreparedCase:
-    """A case in the cache, on its native grid. It holds paths, not arrays, so that loader workers copy nothing."""
-
-    case_id: str
-    patient_id: str
-    cohort: str
-    folder: Path
-    spacing_mm: tuple[float, float, float]
-    image_sha256: str  # of the normalised first modality: the same for a copy under another name
-    brain_voxels: tuple[int, ...]  # per slice
-    region_voxels: tuple[tuple[int, ...], ...]  # per region, per slice
-
-    @property
-    def volume(self) -> np.ndarray:
-        """Normalised volume (C, D, H, W) float16, memory-mapped."""
-        return np.load(self.folder / "volume.npy", mmap_mode="r")
-
-    @property
-    def reference(self) -> np.ndarray:
-        """Region masks (R, D, H, W) bool, memory-mapped."""
-        return np.load(self.folder / "reference.npy", mmap_mode="r")
-
-
-def _cache_key(case: Case, modalities: Sequence[str], regions: Sequence[str]) -> str:
-    files = [path for name in modalities for path in case.modalities[name]] + list(case.mask)
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    content = json.dumps([CACHE_VERSION, list(modalities), list(regions), case.slice_channel, stats])
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
-
-
-def prepare_case(
-    case: Case, modalities: Sequence[str], regions: Sequence[str], cache_dir: Path
-) -> PreparedCase:
-    """Decode and normalise one case with a mask into the cache, or find it there."""
-    folder = cache_dir / f"{case.case_id}-{_cache_key(case, modalities, regions)}"
-    if not folder.is_dir():
-        loaded = load_case(case, modalities)
-        assert loaded.labels is not None
-        volume, brain_voxels = normalise_volume(loaded.volume)
-        reference = regions_from_labels(loaded.labels, case.convention, regions)
-        facts = {
-            "spacing_mm": loaded.spacing_mm,
-            "image_sha256": hashlib.sha256(volume[0].tobytes()).hexdigest(),
-            "brain_voxels": brain_voxels.tolist(),
-            "region_voxels": reference.sum((2, 3)).tolist(),
-        }
-        _write_cache_entry(folder, volume.astype(np.float16), reference, facts)
-    facts = json.loads((folder / "facts.json").read_text())
-    return PreparedCase(
-        case_id=case.case_id,
-        patient_id=case.patient_id,
-        cohort=case.cohort,
-        folder=folder,
-        spacing_mm=tuple(facts["spacing_mm"]),
-        image_sha256=facts["image_sha256"],
-        brain_voxels=tuple(facts["brain_voxels"]),
-        region_voxels=tuple(tuple(counts) for counts in facts["region_voxels"]),
-    )
-
-
-def _write_cache_entry(
-    folder: Path, volume: np.ndarray, reference: np.ndarray, facts: dict[str, Any]
-) -> None:
-    """Write an entry under a temporary name and move it into place whole; of two writers the first one stays."""
-    temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        np.save(temporary / "volume.npy", volume)
-        np.save(temporary / "reference.npy", reference)
-        write_json(temporary / "facts.json", facts)
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def prepare_cases(
-    cases: Sequence[Case], modalities: Sequence[str], regions: Sequence[str], cache_dir: str | Path
-) -> list[PreparedCase]:
-    """Prepare every case, with a progress bar."""
-    progress = tqdm(cases, desc="preparing cases", unit="case", leave=False)
-    return [prepare_case(case, modalities, regions, Path(cache_dir)) for case in progress]
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Split
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SPLIT_PARTS = ("train", "validation", "test")
 
@@ -257,10 +48,10 @@ SPLIT_PARTS = ("train", "validation", "test")
 def split_cases(
     cases: Sequence[Case], seed: int = 0, fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)
 ) -> dict[str, Any]:
-    """Return a split by patient: seed, fractions, case ids of train, validation and test, and a SHA-256 of them.
+    """Return a split by patient: seed, fractions, the case ids of each part, and a SHA-256 of them.
 
-    Patients are sorted, then shuffled by the seed, so the split depends on the ids alone. Each part gets at least one
-    patient; fewer than three patients raise InputError.
+    Patients are sorted, then shuffled by the seed, so the split depends on the ids alone. Each part gets at
+    least one patient; fewer than three patients raise InputError.
     """
     patients = sorted({case.patient_id for case in cases})
     if len(patients) < 3:
@@ -317,9 +108,9 @@ def cases_of_split(
     return [by_id[case_id] for case_id in split[part]]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Balance
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def slice_table(cases: Sequence[PreparedCase], regions: Sequence[str]) -> pd.DataFrame:
@@ -344,8 +135,9 @@ def slice_kind(table: pd.DataFrame) -> np.ndarray:
 def balance_slices(table: pd.DataFrame, tumour_share: float = 0.5, empty_share: float = 0.02) -> np.ndarray:
     """Return the probability of drawing each slice, shape (rows,), sum 1.
 
-    A draw is a tumour slice with `tumour_share`, an empty one with `empty_share`, and otherwise brain without tumour;
-    slices of one kind are equally likely. A kind with no slice leaves its share to the others in proportion.
+    A draw is a tumour slice with `tumour_share`, an empty one with `empty_share`, and otherwise brain without
+    tumour; slices of one kind are equally likely. A kind with no slice leaves its share to the others in
+    proportion.
     """
     kind = slice_kind(table)
     shares = {"tumour": tumour_share, "empty": empty_share, "brain": 1 - tumour_share - empty_share}
@@ -359,9 +151,9 @@ def balance_slices(table: pd.DataFrame, tumour_share: float = 0.5, empty_share: 
     return weights / weights.sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Augmentation and loaders
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def build_augmentation() -> A.Compose:
@@ -393,8 +185,8 @@ def build_augmentation() -> A.Compose:
 class SlabDataset(Dataset):
     """Training slabs by key (row of the slice table, seed of the draw): (slab (C*K, S, S), target (R, S, S)).
 
-    Both are float32. What comes out depends on the key alone, not on the worker that made it or on what it made
-    before, so any number of workers gives the same batches.
+    Both are float32. What comes out depends on the key alone, not on the worker that made it or on what it
+    made before, so any number of workers gives the same batches.
     """
 
     def __init__(
@@ -470,7 +262,7 @@ def make_train_loader(
     workers: int = 0,
     start_method: Literal["fork", "spawn"] | None = None,
 ) -> DataLoader:
-    """Return the training loader; `start_method` None takes the platform's own. The last short batch is dropped."""
+    """Return the training loader; `start_method` None is the platform's. A last short batch is dropped."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -484,9 +276,9 @@ def make_train_loader(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command: show the balance
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -501,27 +293,6 @@ class BalanceConfig:
     empty_share: float = option(0.02, "share of draws that show no brain")
     cache_dir: str = option("cache", "folder of decoded volumes")
     output: str = option("results/balance.png", "plot to write")
-
-
-def plot_balance(before: pd.Series, after: pd.Series, path: Path) -> None:
-    """Write a bar chart of the share of each slice kind before and after weighting."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    positions = np.arange(len(before))
-    for offset, shares, label, colour in (
-        (-0.2, before, "as stored", "#9aa5b1"),
-        (0.2, after, "as drawn", "#1f6f8b"),
-    ):
-        bars = axes.bar(positions + offset, shares, 0.38, label=label, color=colour)
-        axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=2, fontsize=9)
-    axes.set_xticks(positions, [f"{kind} slices" for kind in before.index])
-    axes.set_ylabel("share of slices")
-    axes.set_ylim(0, min(1.0, max(before.max(), after.max()) * 1.2))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    write_atomically(path, lambda target: figure.savefig(target, dpi=150))
-    plt.close(figure)
 
 
 def main(config: BalanceConfig) -> None:

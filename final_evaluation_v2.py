@@ -3,12 +3,11 @@
     python final_evaluation_v2.py                                       the newest run in results/
     python final_evaluation_v2.py --run results/RUN --external-dir data/BraTS2019
 
-The headline is Dice per case on the native grid, then the mean over cases, with a bootstrap 95 % interval over
-patients. Whatever else is called Dice stands beside it under its own name.
+The headline is Dice per case on the native grid, then the mean over cases, with a bootstrap 95 % interval
+over patients. Whatever else is called Dice stands beside it under its own name.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from cases_v2 import Case, find_cases, with_reference
-from dataset_balance_v2 import PreparedCase, cases_of_split, prepare_cases, read_split
+from dataset_balance_v2 import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
 from plots_v2 import (
     plot_curves,
@@ -35,6 +34,7 @@ from utils_v2 import (
     THRESHOLDS,
     InputError,
     choose_device,
+    command_line,
     count_overlap,
     describe_machine,
     describe_versions,
@@ -52,6 +52,7 @@ from utils_v2 import (
     write_atomically,
     write_json,
 )
+from volumes_v2 import PreparedCase, prepare_cases
 
 MODES = ("plain", "tta")
 
@@ -77,16 +78,16 @@ class EvaluationConfig:
     seed: int = option(0, "seed of the bootstrap")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Leakage
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def find_leakage(cohort: str, cases: Sequence[PreparedCase], seen: Sequence[Sequence[str]]) -> pd.DataFrame:
     """Return a row for each case known to training or validation: cohort, case, evidence, training_case.
 
-    `seen` holds (case id, patient id, image SHA-256) of every training and validation case. Evidence is the first of
-    these three that agrees.
+    `seen` holds (case id, patient id, image SHA-256) of every training and validation case. Evidence is the
+    first of these three that agrees.
     """
     names = ("case id", "patient id", "image content")
     known = [{entry[column]: entry[0] for entry in seen} for column in range(3)]
@@ -104,20 +105,20 @@ def find_leakage(cohort: str, cases: Sequence[PreparedCase], seen: Sequence[Sequ
 
 
 def refuse_seen(leakage: pd.DataFrame, allow_seen: bool) -> None:
-    """Raise InputError where a case to be tested was seen in training or validation and that was not allowed."""
+    """Raise InputError where a case to be tested was seen in training or validation, unless allowed."""
     if allow_seen or leakage.empty:
         return
     first = leakage.iloc[0]
     raise InputError(
         f"{len(leakage)} case(s) to be tested were in training or validation, first {first['case']} of the "
-        f"{first['cohort']} cohort (same {first['evidence']} as {first['training_case']}); take them out, or pass "
-        f"--allow-seen to audit them and mark the output."
+        f"{first['cohort']} cohort (same {first['evidence']} as {first['training_case']}); take them out, or "
+        f"pass --allow-seen to audit them and mark the output."
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measuring
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def slice_dice(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -153,8 +154,8 @@ def evaluate_cohort(
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Return one row per case, region and mode, and the counts over thresholds.
 
-    The counts are, per mode, (R, T, 3): TP, FP and FN pooled over the cohort at each of THRESHOLDS. Plain is the
-    identity view, TTA the mean of all three.
+    The counts are, per mode, (R, T, 3): TP, FP and FN pooled over the cohort at each of THRESHOLDS. Plain is
+    the identity view, TTA the mean of all three.
     """
     rows = []
     counts = {mode: np.zeros((len(model.regions), len(THRESHOLDS), 3), np.int64) for mode in MODES}
@@ -213,9 +214,9 @@ def summarise_all(rows: pd.DataFrame, regions: Sequence[str], seed: int) -> dict
     return cohorts
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plots and report
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def rank_cases(rows: pd.DataFrame, region: str, cohort: str) -> dict[str, str]:
@@ -260,9 +261,10 @@ def draw_plots(
     plot_dice_per_case(path("dice_per_case.png", caption), tested, summary["cohorts"], note)
     caption = "Dice against the tumour volume of the reference, with TTA."
     plot_dice_against_volume(path("dice_against_volume.png", caption), tested, note)
-    caption = "Precision and recall over thresholds, voxels pooled per cohort, with TTA; the ring is the threshold used."
+    caption = "Precision and recall over thresholds, voxels pooled, with TTA; the ring is the threshold used."
+    pooled = {cohort: by_mode["tta"] for cohort, by_mode in counts.items()}
     plot_precision_recall(
-        path("precision_recall.png", caption), {c: v["tta"] for c, v in counts.items()}, model, note
+        path("precision_recall.png", caption), pooled, model.regions, model.thresholds, THRESHOLDS, note
     )
     caption = "What TTA changes: Dice with TTA minus Dice without, per test case."
     plot_tta_gain(path("tta_gain.png", caption), tested, summary["cohorts"], note)
@@ -291,9 +293,9 @@ def draw_plots(
     return plots
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The audit
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def gather_cohorts(
@@ -364,7 +366,7 @@ def main(config: EvaluationConfig) -> None:
         "split_sha256": split["sha256"],
         "versions": describe_versions(),
         "hardware": describe_machine(model.device),
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "settings": dataclasses.asdict(config),
     }
     write_json(folder / "summary.json", summary)

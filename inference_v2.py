@@ -1,11 +1,12 @@
 """From a trained network and a volume to probabilities and masks; as a command, segment new cases.
 
-    python inference_v2.py --checkpoint results/RUN/best.pt --input CASE_FOLDER [MORE ...] --output predictions
+    python inference_v2.py --checkpoint results/RUN/best.pt --input CASE_FOLDER [MORE ...]
 
-Writes one NIfTI mask a case (BraTS labels, the input's affine and header; PNG masks for PNG cases), an overlay
-picture a case, and `volumes.csv`. Masks are for research, not for clinical use.
+Writes one NIfTI mask a case (BraTS labels, the input's affine and header; PNG masks for PNG cases), an
+overlay picture a case, and `volumes.csv`. Masks are for research, not for clinical use.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cases_v2 import Case, cases_of_files, find_cases, labels_from_regions, load_case, save_labels
-from dataset_balance_v2 import (
-    BRAIN_SLICE_VOXELS,
-    cases_of_split,
-    fit_slices,
-    gather_slab,
-    normalise_volume,
-    place_slices,
-    read_split,
-    unfit_slices,
-)
+from dataset_balance_v2 import cases_of_split, read_split
 from model_drunet_v2 import DRUNetV2
 from plots_v2 import plot_overlay
 from utils_v2 import (
@@ -40,6 +32,14 @@ from utils_v2 import (
     run_command,
     set_seed,
     write_atomically,
+)
+from volumes_v2 import (
+    BRAIN_SLICE_VOXELS,
+    fit_slices,
+    gather_slab,
+    normalise_volume,
+    place_slices,
+    unfit_slices,
 )
 
 # Test-time augmentation: the axes of (..., H, W) each view flips. A flip is its own inverse.
@@ -67,7 +67,7 @@ def build_network(modalities: int, regions: int, context: int, widths: Sequence[
 
 
 def load_model(path: str | Path, device: torch.device, amp: bool = True) -> TrainedModel:
-    """Read a checkpoint into a network on `device`; raises InputError where the file or its widths do not fit."""
+    """Read a checkpoint into a network on `device`; InputError where the file or its widths do not fit."""
     checkpoint = load_checkpoint(Path(path))
     config = checkpoint["config"]
     network = build_network(
@@ -95,7 +95,7 @@ def load_weights(network: nn.Module, checkpoint: dict[str, Any], path: str | Pat
     except RuntimeError as error:
         widths = "-".join(map(str, checkpoint["config"]["widths"]))
         raise InputError(
-            f"{path}: the weights do not fit the network; the checkpoint says widths {widths}, take its own settings."
+            f"{path}: the weights do not fit widths {widths}; take the settings the run was trained with."
         ) from error
 
 
@@ -109,8 +109,8 @@ def predict_views(
 ) -> np.ndarray:
     """Return the probabilities of each view (V, R, D, H, W) float32 on the volume's own grid.
 
-    `volume` is a normalised case (C, D, H, W). Slices with fewer than 64 of `brain_voxels` (D,) are not run and get
-    probability 0; None runs all. Every view is flipped back, so they are comparable voxel by voxel.
+    `volume` is a normalised case (C, D, H, W). Slices with fewer than 64 of `brain_voxels` (D,) are not run
+    and get probability 0; None runs all. Every view is flipped back, so they are comparable voxel by voxel.
     """
     depth, height, width = volume.shape[1:]
     placement = place_slices(height, width, model.size)
@@ -136,7 +136,7 @@ def predict_volume(
     tta: bool = True,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Return probabilities (R, D, H, W) float32 of a normalised volume (C, D, H, W), on the volume's own grid.
+    """Return probabilities (R, D, H, W) float32 of a normalised volume (C, D, H, W), on its own grid.
 
     With `tta` the mean over identity, horizontal and vertical flip; see `predict_views`.
     """
@@ -147,17 +147,17 @@ def predict_volume(
 def threshold_regions(
     probabilities: np.ndarray, thresholds: Sequence[float], regions: Sequence[str]
 ) -> np.ndarray:
-    """Return region masks (R, D, H, W) bool: probability at or above the threshold, ET inside TC inside WT."""
+    """Return masks (R, D, H, W) bool: probability at or above the threshold, ET inside TC inside WT."""
     masks = probabilities >= np.reshape(thresholds, (-1, 1, 1, 1))
     nested = [list(regions).index(region) for region in ("WT", "TC", "ET") if region in regions]
-    for outer, inner in zip(nested, nested[1:], strict=False):
+    for outer, inner in itertools.pairwise(nested):
         masks[inner] &= masks[outer]
     return masks
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command: segment new cases
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """DRUnet V2: a 2.5D deep residual U-Net with dilation, squeeze-and-excitation and attention gates.
 
-    slab (C*K, H, W) -> 64 -> 128 -> 256 -> 512 -> [1024] -> 512 -> 256 -> 128 -> 64 -> logits (R, H, W)
-                        |______|______|______|___ gates ___|______|______|______|
+    slab -> 64 -> 128 -> 256 -> 512 -> 1024 -> 512 -> 256 -> 128 -> 64 -> logits
+            |______|______|______|____ gates ___|______|______|______|
 
-U-Net: Ronneberger et al. 2015 (arXiv 1505.04597). Residual blocks: He et al. 2016 (arXiv 1603.05027 and 1512.03385).
-Dilation: Yu and Koltun 2016 (arXiv 1511.07122). Squeeze-and-excitation: Hu et al. 2018 (arXiv 1709.01507).
-Attention gates: Oktay et al. 2018 (arXiv 1804.03999). A decoder lighter than the encoder, one 3 x 3 convolution a
-level, follows the residual-encoder nnU-Net: Isensee et al. 2024 (arXiv 2404.09556).
+U-Net: Ronneberger et al. 2015 (arXiv 1505.04597). Residual blocks: He et al. 2016 (arXiv 1603.05027 and
+1512.03385). Dilation: Yu and Koltun 2016 (arXiv 1511.07122). Squeeze-and-excitation: Hu et al. 2018 (arXiv
+1709.01507). Attention gates: Oktay et al. 2018 (arXiv 1804.03999). A decoder lighter than the encoder, one 3
+x 3 convolution a level, follows the residual-encoder nnU-Net: Isensee et al. 2024 (arXiv 2404.09556).
 
 Run as a command it prints parameters, GFLOP per slab and activation memory:
 
@@ -81,8 +81,8 @@ class ResidualBlock(nn.Module):
 class AttentionGate(nn.Module):
     """Weigh each pixel of a skip by 0..1, judged from the skip and the coarser decoder features below it.
 
-    skip (N, C, H, W), below (N, G, H/2, W/2) -> (N, C, H, W). The judgement is made at the coarse resolution, where
-    it costs a quarter, and upsampled.
+    skip (N, C, H, W), below (N, G, H/2, W/2) -> (N, C, H, W). The judgement is made at the coarse resolution,
+    where it costs a quarter, and upsampled.
     """
 
     def __init__(self, skip_channels: int, below_channels: int) -> None:
@@ -127,9 +127,9 @@ class DecoderLevel(nn.Module):
 class DRUNetV2(nn.Module):
     """The network: slabs (N, in_channels, H, W) -> logits (N, num_regions, H, W), one sigmoid per region.
 
-    `widths` are the filters of each level, the last one the bottleneck. H and W must be multiples of
-    2 ** (levels - 1), 16 by default; ValueError otherwise. `use_se`, `use_attention`, `dilated` and `residual` switch
-    off one part each, for ablations.
+    `widths` are the filters of each level, the last one the bottleneck. H and W must be multiples of 2 **
+    (levels - 1), 16 by default; ValueError otherwise. `use_se`, `use_attention`, `dilated` and `residual`
+    switch off one part each, for ablations.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class DRUNetV2(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights: He et al. 2015 for convolutions; a head that starts at p = 0.05 as tumour is rare."""
+        """Draw the weights: He et al. 2015; the head starts at p = 0.05, as tumour is rare."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -188,9 +188,9 @@ class DRUNetV2(nn.Module):
         return self.head(x)  # (N, R, H, W)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Size and cost
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -266,9 +266,7 @@ def main(config: ModelConfig) -> None:
     print(f"DRUNetV2, widths {'-'.join(map(str, config.widths))}, input {shape[1:]}")
     print(f"parameters           {count_parameters(model) / 1e6:.2f} million")
     print(f"forward pass         {flops / 1e9:.1f} GFLOP per slab (a multiply-add is 2)")
-    print(
-        f"saved activations    {activation * 16 / 2**30:.2f} GiB at batch 16 in 16 bits, for the backward pass"
-    )
+    print(f"saved activations    {activation * 16 / 2**30:.2f} GiB for the backward pass, batch 16, 16 bits")
     print(f"output               (N, {', '.join(map(str, output[1:]))})")
 
 

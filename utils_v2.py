@@ -1,7 +1,7 @@
 """Loss, metrics and the run's plumbing: command line, seeds, devices, checkpoints.
 
-Three parts, in this order: the hybrid focal + Dice loss (on logits), the metrics (on bool masks), and what every
-command shares. Nothing here knows a network or a file format; no sibling module is imported.
+Three parts, in this order: the hybrid focal + Dice loss (on logits), the metrics (on bool masks), and what
+every command shares. Nothing here knows a network or a file format; no sibling module is imported.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import sys
 import types
 import typing
@@ -40,20 +41,21 @@ class InputError(ValueError):
     """The user's input cannot be used; the message is one sentence naming the file or flag and the remedy."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loss
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class HybridFocalDiceLoss(nn.Module):
-    """Weighted sum of the focal loss and the soft Dice loss on logits, per region, then the mean over regions.
+    """Weighted sum of the focal and the soft Dice loss on logits, per region, then the mean over regions.
 
-    `logits` and `target` are (N, R, H, W); `target` holds 0 and 1 (bool or any number type). The soft Dice counts
-    are pooled over the batch, so slices without tumour act as false-positive penalty and not as a Dice of 0 or 1.
-    All arithmetic is float32 whatever autocast says; value and gradient are finite for empty masks, full masks and
-    logits of any finite size. Raises ValueError where the shapes differ.
+    `logits` and `target` are (N, R, H, W); `target` holds 0 and 1 (bool or any number type). The soft Dice
+    counts are pooled over the batch, so slices without tumour act as false-positive penalty and not as a Dice
+    of 0 or 1. All arithmetic is float32 whatever autocast says; value and gradient are finite for empty
+    masks, full masks and logits of any finite size. Raises ValueError where the shapes differ.
 
-    Focal: Lin et al. 2017 (arXiv 1708.02002), equation 5. Soft Dice: Milletari et al. 2016 (arXiv 1606.04797).
+    Focal: Lin et al. 2017 (arXiv 1708.02002), equation 5. Soft Dice: Milletari et al. 2016 (arXiv
+    1606.04797).
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class HybridFocalDiceLoss(nn.Module):
             )
 
     def focal(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean over pixels of alpha_t (1 - p_t)^gamma (-log p_t), scaled by 2 so that alpha 0.5 weighs by 1."""
+        """Mean over pixels of 2 alpha_t (1 - p_t)^gamma (-log p_t); the 2 makes alpha 0.5 weigh by 1."""
         signed = logits * (2 * target - 1)  # (N, R, H, W), p_t = sigmoid(signed)
         alpha_t = 2 * (self.focal_alpha * target + (1 - self.focal_alpha) * (1 - target))
         # softplus(-x) = -log sigmoid(x); sigmoid(-x) = 1 - p_t: neither overflows nor takes the log of 0
@@ -96,9 +98,9 @@ class HybridFocalDiceLoss(nn.Module):
         return (1 - (2 * overlap + self.smooth) / (total + self.smooth)).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Metrics: pure functions of bool masks, reference first
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def count_overlap(reference: np.ndarray, prediction: np.ndarray) -> tuple[int, int, int]:
@@ -138,8 +140,8 @@ def overlap_at_thresholds(
 ) -> np.ndarray:
     """Return TP, FP and FN of `probability >= t` for each of the ascending thresholds, shape (T, 3) int64.
 
-    `probability` float32 and `reference` bool of one shape. Two histograms stand in for a pass over the voxels per
-    threshold; the counts equal those of `count_overlap` at each.
+    `probability` float32 and `reference` bool of one shape. Two histograms stand in for a pass over the
+    voxels per threshold; the counts equal those of `count_overlap` at each.
     """
     edges = np.concatenate([[-np.inf], np.asarray(thresholds, np.float32), [np.inf]])
     inside = np.histogram(probability[reference], edges)[0]
@@ -149,9 +151,10 @@ def overlap_at_thresholds(
     return np.stack([tp, fp, inside.sum() - tp], axis=1)
 
 
-# Marching-cubes surface of the 2 x 2 x 2 voxels around a lattice point: the triangles' area vectors, as absolute
-# components in eighths of a unit face, for one member of each class of the 256 neighbourhoods. Corner (z, y, x) has
-# bit 7 - (4z + 2y + x). Rotations, mirrors and swapping inside for outside give all the others.
+# Marching-cubes surface of the 2 x 2 x 2 voxels around a lattice point: the triangles' area vectors, as
+# absolute components in eighths of a unit face, for one member of each class of the 256 neighbourhoods.
+# Corner (z, y, x) has bit 7 - (4z + 2y + x). Rotations, mirrors and swapping inside for outside give all the
+# others.
 _SURFEL_CLASSES: dict[int, list[tuple[int, int, int]]] = {
     0b00000001: [(1, 1, 1)],
     0b00000011: [(2, 2, 0)] * 2,
@@ -171,7 +174,7 @@ _CORNER_BITS = np.array([128, 64, 32, 16, 8, 4, 2, 1]).reshape(2, 2, 2)
 
 
 def surfel_area_table(spacing_mm: Sequence[float]) -> np.ndarray:
-    """Return the surface area in mm2 of each of the 256 neighbourhood codes, shape (256,), for one voxel spacing."""
+    """Return the surface area in mm2 of each of the 256 neighbourhood codes, shape (256,)."""
     dz, dy, dx = spacing_mm
     face_mm2 = np.array([dy * dx, dz * dx, dz * dy])
     area = np.zeros(256)
@@ -188,7 +191,7 @@ def surfel_area_table(spacing_mm: Sequence[float]) -> np.ndarray:
 
 
 def surface_codes(mask: np.ndarray) -> np.ndarray:
-    """Return the neighbourhood code 0..255 at each lattice point of a bool mask (D, H, W): (D+1, H+1, W+1) uint8."""
+    """Return the neighbourhood code at each lattice point of a bool mask (D, H, W): uint8, one longer."""
     padded = np.pad(mask, 1).astype(np.uint8)
     depth, height, width = padded.shape
     codes = np.zeros((depth - 1, height - 1, width - 1), np.uint8)
@@ -203,8 +206,9 @@ def surface_distances_mm(
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Return (distance in mm, area in mm2) of every surface element, reference to prediction and back.
 
-    Both masks (D, H, W) bool and not empty. Work is done inside the bounding box of their union, where all surface
-    lies, with one exact Euclidean distance transform per mask. Definition: Nikolov et al. 2018 (arXiv 1809.04430).
+    Both masks (D, H, W) bool and not empty. Work is done inside the bounding box of their union, where all
+    surface lies, with one exact Euclidean distance transform per mask. Definition: Nikolov et al. 2018 (arXiv
+    1809.04430).
     """
     box = ndimage.find_objects((reference | prediction).astype(np.uint8))[0]
     codes = [surface_codes(mask[box]) for mask in (reference, prediction)]
@@ -220,8 +224,8 @@ def surface_distances_mm(
 def hd95(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> float:
     """95 % Hausdorff distance in mm of two bool masks (D, H, W) with voxel spacing (D, H, W) in mm.
 
-    The larger of the two directed 95th percentiles, each weighted by surface area, as the surface-distance package
-    and the BraTS evaluation have it. 0 where both masks are empty, 374 where exactly one is.
+    The larger of the two directed 95th percentiles, each weighted by surface area, as the surface-distance
+    package and the BraTS evaluation have it. 0 where both masks are empty, 374 where exactly one is.
     """
     count_overlap(reference, prediction)  # raises where shapes or types do not fit
     if not reference.any() or not prediction.any():
@@ -252,7 +256,7 @@ def bootstrap_means(
 
 
 def summarise(values: Sequence[float], patients: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Return mean, sd, median, ci95 (bootstrap over patients) and n of per-case values; NaN is left out and counted.
+    """Return mean, sd, median, ci95 (bootstrap over patients) and n of per-case values, NaN left out.
 
     sd is the sample standard deviation (n - 1), 0 for one case. With no value at all every statistic is None.
     """
@@ -275,9 +279,9 @@ def summarise(values: Sequence[float], patients: Sequence[str], seed: int = 0) -
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def option(default: Any, help: str) -> Any:
@@ -288,7 +292,8 @@ def option(default: Any, help: str) -> Any:
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """Return the argument parser of a config dataclass: one flag a field, `_` written as `-`.
 
-    bool becomes --flag/--no-flag, Literal becomes choices, tuple takes any number of values, None stands for unset.
+    bool becomes --flag/--no-flag, Literal becomes choices, tuple takes any number of values, None stands for
+    unset.
     """
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -321,7 +326,8 @@ def parse_config(config_class: type, description: str, arguments: Sequence[str] 
 def run_command(main: Callable[[Any], None], config_class: type, description: str) -> None:
     """Parse the command line, call `main(config)` and turn bad input into one sentence and exit code 2.
 
-    Ctrl-C ends with exit code 130, a full disk with 2; any other exception is a defect and keeps its traceback.
+    Ctrl-C ends with exit code 130, a full disk with 2; any other exception is a defect and keeps its
+    traceback.
     """
     config = parse_config(config_class, description)
     name = Path(sys.argv[0]).name
@@ -344,9 +350,9 @@ def run_command(main: Callable[[Any], None], config_class: type, description: st
         sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Seeds, devices, files
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def set_seed(seed: int) -> None:
@@ -357,7 +363,7 @@ def set_seed(seed: int) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the torch device for auto, cuda, cpu or mps; raises InputError where the one asked for is missing."""
+    """Return the torch device for auto, cuda, cpu or mps; InputError where the one asked for is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -371,7 +377,8 @@ def choose_device(name: str) -> torch.device:
 def amp_dtype(device: torch.device, amp: bool) -> torch.dtype | None:
     """Return the mixed-precision type for a device, or None for float32.
 
-    CUDA: bfloat16 from compute capability 8, float16 below. CPU: bfloat16 where it has the instructions for it.
+    CUDA: bfloat16 from compute capability 8, float16 below. CPU: bfloat16 where it has the instructions for
+    it.
     """
     if not amp or device.type == "mps":
         return None
@@ -383,7 +390,7 @@ def amp_dtype(device: torch.device, amp: bool) -> torch.dtype | None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)` and move the result to `path`; a failure or a kill leaves the old file whole."""
+    """Call `write(temporary path)` and move the result to `path`; a failure leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(
         f".{os.getpid()}.{path.name}"
@@ -432,6 +439,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return machine
 
 
+def command_line() -> str:
+    """Return the command that is running, as typed, with the script's name alone."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def describe_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages a result depends on."""
     packages = (
@@ -457,7 +469,7 @@ def _is_installed(package: str) -> bool:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak memory in GiB so far: allocated by torch on CUDA, resident in the process elsewhere (Unix)."""
+    """Return the peak memory in GiB so far: allocated by torch on CUDA, resident in the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -468,13 +480,13 @@ def peak_memory_gb(device: torch.device) -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes of a state dict, independent of device and file."""
+    """Return the SHA-256 over names, types, shapes and bytes of a state dict, on whatever device it is."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -490,7 +502,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU with `weights_only=True`; raises InputError where it is not ours or damaged."""
+    """Read a checkpoint onto the CPU, `weights_only=True`; InputError where it is not ours or damaged."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train one with train_drunet_v2.py or give its path.")
     try:

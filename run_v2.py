@@ -1,0 +1,205 @@
+"""A training run's settings and its folder: the demo, resuming, the split, the log and the clock."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from tqdm import tqdm
+
+from cases_v2 import Case
+from dataset_balance_v2 import read_split, split_cases
+from model_drunet_v2 import WIDTHS
+from plots_v2 import plot_curves
+from utils_v2 import InputError, load_checkpoint, option, write_atomically, write_json
+
+DEFAULT_DATA = Path("data/BraTS2021")
+DEMO_DATA = Path("data/phantom_internal")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; the defaults are those of the published method."""
+
+    data_dir: str | None = option(
+        None, "folder with the cases; default: data/BraTS2021, or the demo without it"
+    )
+    results_dir: str = option("results", "folder that holds the runs")
+    run: str | None = option(None, "name of the run folder; default: the data folder's name and the time")
+    resume: str | None = option(
+        None, "run folder to go on with, under its own settings; --epochs and the like count"
+    )
+    split: str | None = option(None, "split.json of another run to use instead of drawing a split")
+    cache_dir: str = option("cache", "folder of decoded volumes")
+    slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
+    modalities: tuple[str, ...] = option(("flair",), "modalities, in channel order: flair, t1, t1ce, t2")
+    regions: tuple[str, ...] = option(("WT",), "tumour regions, one sigmoid each: WT, TC, ET")
+    context: int = option(1, "neighbouring slices on each side of the one segmented")
+    size: int = option(256, "height and width of the network's input")
+    widths: tuple[int, ...] = option(WIDTHS, "filters per level, the last is the bottleneck")
+    epochs: int = option(100, "epochs at most")
+    max_minutes: float | None = option(None, "wall-clock limit; the run still ends with validation and plots")
+    slabs_per_epoch: int | None = option(
+        None, "slabs drawn per epoch; default: as many as there are training slices"
+    )
+    batch_size: int = option(16, "slabs a step")
+    accumulate: int = option(1, "steps whose gradients are added up before the weights move")
+    learning_rate: float = option(1e-4, "AdamW learning rate after warm-up")
+    min_learning_rate: float = option(1e-5, "learning rate after the drop")
+    warmup_steps: int = option(200, "optimiser steps of linear warm-up, at most one epoch")
+    weight_decay: float = option(1e-2, "AdamW weight decay")
+    patience: int = option(5, "epochs without a better validation Dice before the learning rate drops")
+    drop_by: float = option(0.75, "share of the epochs or minutes after which the drop comes in any case")
+    early_stop: int = option(15, "epochs without a better validation Dice before the run ends")
+    clip_norm: float = option(5.0, "largest gradient norm")
+    ema: float = option(0.0, "decay of the averaged weights that are validated and kept; 0 is off")
+    focal_weight: float = option(1.0, "weight of the focal loss")
+    dice_weight: float = option(1.0, "weight of the Dice loss")
+    tumour_share: float = option(0.5, "share of draws that show tumour")
+    empty_share: float = option(0.02, "share of draws that show no brain")
+    amp: bool = option(
+        True, "mixed precision: bfloat16, or float16 with loss scaling, where the device has it"
+    )
+    workers: int = option(2, "loader processes; 0 loads in the training process")
+    device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
+    seed: int = option(0, "seed of weights, split, draws and augmentation")
+
+
+# What the demo sets, where the command line says nothing else.
+DEMO: dict[str, Any] = {
+    "size": 128,
+    "widths": (16, 32, 64, 128, 256),
+    "max_minutes": 4.0,
+    "slabs_per_epoch": 1024,
+    "learning_rate": 2e-3,
+    "min_learning_rate": 2e-4,
+    "warmup_steps": 50,
+    "ema": 0.98,
+}
+# What a resumed run may change: how long it goes on and where, never what it computes.
+RESUMABLE = ("resume", "epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir")
+
+
+def prepare_config(config: TrainConfig) -> TrainConfig:
+    """Return the settings the run will use: those of the run resumed, of the demo, or as given."""
+    if config.resume:
+        return resume_config(config)
+    if config.data_dir is None and DEFAULT_DATA.is_dir():
+        config = dataclasses.replace(config, data_dir=str(DEFAULT_DATA))
+    if config.data_dir is None:
+        print(
+            f"No --data-dir and no {DEFAULT_DATA}: the demo runs, on synthetic phantoms, not a BraTS result."
+        )
+        make_demo_data()
+        untouched = {
+            name: value for name, value in DEMO.items() if getattr(config, name) == getattr(TrainConfig, name)
+        }
+        config = dataclasses.replace(config, data_dir=str(DEMO_DATA), **untouched)
+    if config.run is None:
+        name = f"{Path(config.data_dir).resolve().name}_{datetime.now():%Y%m%d_%H%M%S}"
+        config = dataclasses.replace(config, run=name)
+    if (Path(config.results_dir) / config.run / "last.pt").exists():
+        raise InputError(f"--run {config.run}: this run exists; choose another name or --resume it.")
+    return config
+
+
+def resume_config(config: TrainConfig) -> TrainConfig:
+    """Return the settings of the run in --resume; InputError where the command line contradicts them."""
+    folder = Path(config.resume)
+    saved = load_checkpoint(folder / "last.pt")["config"]
+    saved = TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+    for field in dataclasses.fields(TrainConfig):
+        asked = getattr(config, field.name)
+        if field.name not in RESUMABLE and asked not in (field.default, getattr(saved, field.name)):
+            flag = "--" + field.name.replace("_", "-")
+            raise InputError(
+                f"{flag} {asked}: {folder} was trained with {getattr(saved, field.name)}; leave the flag out."
+            )
+    kept = {
+        name: getattr(config, name)
+        for name in RESUMABLE
+        if getattr(config, name) != getattr(TrainConfig, name)
+    }
+    place = {"results_dir": str(folder.parent), "run": folder.name}
+    return dataclasses.replace(saved, **{"max_minutes": config.max_minutes, **kept, **place})
+
+
+def make_demo_data() -> None:
+    """Write the phantom cohorts of the demo, unless they are there."""
+    for style, folder, cases in (
+        ("internal", DEMO_DATA, 40),
+        ("external", DEMO_DATA.with_name("phantom_external"), 10),
+    ):
+        if folder.is_dir() and len(list(folder.glob("*/*_seg.nii.gz"))) == cases:
+            continue
+        script = Path(__file__).with_name("make_phantom_v2.py")
+        command = [
+            sys.executable,
+            str(script),
+            "--output",
+            str(folder),
+            "--cases",
+            str(cases),
+            "--style",
+            style,
+        ]
+        subprocess.run(command, check=True)
+
+
+def choose_split(config: TrainConfig, cases: Sequence[Case], folder: Path) -> dict[str, Any]:
+    """Return the run's split, its own, that of --split or one drawn anew, and freeze it in split.json."""
+    if (folder / "split.json").exists() and config.resume:
+        return read_split(folder / "split.json")
+    split = read_split(config.split) if config.split else split_cases(cases, config.seed)
+    write_json(folder / "split.json", split)
+    return split
+
+
+class Log:
+    """Prints lines and keeps them in train.log; keeps the epochs' figures in log.csv."""
+
+    def __init__(self, folder: Path, resumed: bool) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+        if resumed and (folder / "log.csv").exists():
+            self.rows = pd.read_csv(folder / "log.csv").to_dict("records")
+
+    def say(self, line: str) -> None:
+        """Print a line and append it to train.log."""
+        tqdm.write(line)
+        with (self.folder / "train.log").open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+
+    def add(self, row: dict[str, Any], title: str) -> None:
+        """Append an epoch to log.csv and draw the curves anew."""
+        self.rows.append(row)
+        table = pd.DataFrame(self.rows)
+        write_atomically(self.folder / "log.csv", lambda target: table.to_csv(target, index=False))
+        plot_curves(self.folder / "curves.png", table, title)
+
+
+class Clock:
+    """The wall clock of one command: minutes spent, and whether --max-minutes leaves time for more steps."""
+
+    def __init__(self, max_minutes: float | None) -> None:
+        self.started = time.monotonic()
+        self.max_minutes = max_minutes
+        self.reserved_s = 0.0  # kept back for the validation that ends the run: as long as the last one took
+
+    def minutes(self) -> float:
+        """Return the minutes since the command started."""
+        return (time.monotonic() - self.started) / 60
+
+    def is_out(self) -> bool:
+        """Tell whether it is time to validate and end."""
+        return self.max_minutes is not None and self.minutes() + self.reserved_s / 60 >= self.max_minutes
+
+    def share(self) -> float:
+        """Return the share of --max-minutes that is over; 0 without a limit."""
+        return self.minutes() / self.max_minutes if self.max_minutes else 0.0
