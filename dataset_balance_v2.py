@@ -8,14 +8,15 @@ Run as a command it prints the slice balance of a data set before and after weig
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault(
-    "NO_ALBUMENTATIONS_UPDATE", "1"
-)  # it asks a server for its newest version at import otherwise
+# albumentations asks a server for its newest version at import otherwise
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
 import cv2
@@ -37,6 +38,27 @@ from volumes_v2 import (
     place_slices,
     prepare_cases,
 )
+
+DEFAULT_DATA = Path("data/BraTS2021")
+DEMO_DATA = Path("data/phantom_internal")
+
+
+def choose_data_dir(data_dir: str | None) -> str:
+    """Return the folder asked for, else data/BraTS2021, else the demo's phantoms, made if need be."""
+    if data_dir is not None:
+        return data_dir
+    if DEFAULT_DATA.is_dir():
+        return str(DEFAULT_DATA)
+    print(f"No --data-dir and no {DEFAULT_DATA}: the demo, on synthetic phantoms, not a BraTS result.")
+    demo = (("internal", DEMO_DATA, 40), ("external", DEMO_DATA.with_name("phantom_external"), 10))
+    for style, folder, cases in demo:
+        if len(list(folder.glob("*/*_seg.nii.gz"))) == cases:
+            continue
+        script = str(Path(__file__).with_name("make_phantom_v2.py"))
+        options = [f"--output={folder}", f"--cases={cases}", f"--style={style}"]
+        subprocess.run([sys.executable, script, *options], check=True)
+    return str(DEMO_DATA)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Split
@@ -285,7 +307,9 @@ def make_train_loader(
 class BalanceConfig:
     """Settings of the balance report."""
 
-    data_dir: str = option("data/BraTS2021", "folder with the cases")
+    data_dir: str | None = option(
+        None, "folder with the cases; default: data/BraTS2021, without it the demo's"
+    )
     modalities: tuple[str, ...] = option(("flair",), "modalities to read")
     regions: tuple[str, ...] = option(("WT",), "tumour regions: WT, TC, ET")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
@@ -297,9 +321,8 @@ class BalanceConfig:
 
 def main(config: BalanceConfig) -> None:
     """Print the slice balance of a data set before and after weighting, and draw it."""
-    cases = with_reference(
-        find_cases(config.data_dir, config.modalities, config.slice_channel), config.data_dir
-    )
+    data_dir = choose_data_dir(config.data_dir)
+    cases = with_reference(find_cases(data_dir, config.modalities, config.slice_channel), data_dir)
     prepared = prepare_cases(cases, config.modalities, config.regions, config.cache_dir)
     table = slice_table(prepared, config.regions)
     weights = balance_slices(table, config.tumour_share, config.empty_share)
@@ -308,7 +331,7 @@ def main(config: BalanceConfig) -> None:
     counts = kind.value_counts().reindex(order, fill_value=0)
     after = pd.Series(weights).groupby(kind).sum().reindex(order, fill_value=0.0)
     patients = len({case.patient_id for case in prepared})
-    print(f"{len(prepared)} cases of {patients} patients, {len(table)} slices in {config.data_dir}")
+    print(f"{len(prepared)} cases of {patients} patients, {len(table)} slices in {data_dir}")
     print(f"{'slices':<8} {'count':>8} {'as stored':>10} {'as drawn':>10}")
     for name in order:
         print(f"{name:<8} {counts[name]:>8} {counts[name] / len(table):>10.1%} {after[name]:>10.1%}")

@@ -1,8 +1,6 @@
 """A training run's settings and its folder: the demo, resuming, the split, the log and the clock."""
 
 import dataclasses
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +12,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from cases_v2 import Case
-from dataset_balance_v2 import read_split, split_cases
+from dataset_balance_v2 import DEMO_DATA, choose_data_dir, read_split, split_cases
 from model_drunet_v2 import WIDTHS
 from plots_v2 import plot_curves
 from utils_v2 import InputError, load_checkpoint, option, write_atomically, write_json
-
-DEFAULT_DATA = Path("data/BraTS2021")
-DEMO_DATA = Path("data/phantom_internal")
 
 
 @dataclass(frozen=True)
@@ -90,17 +85,11 @@ def prepare_config(config: TrainConfig) -> TrainConfig:
     """Return the settings the run will use: those of the run resumed, of the demo, or as given."""
     if config.resume:
         return resume_config(config)
-    if config.data_dir is None and DEFAULT_DATA.is_dir():
-        config = dataclasses.replace(config, data_dir=str(DEFAULT_DATA))
-    if config.data_dir is None:
-        print(
-            f"No --data-dir and no {DEFAULT_DATA}: the demo runs, on synthetic phantoms, not a BraTS result."
-        )
-        make_demo_data()
-        untouched = {
-            name: value for name, value in DEMO.items() if getattr(config, name) == getattr(TrainConfig, name)
-        }
-        config = dataclasses.replace(config, data_dir=str(DEMO_DATA), **untouched)
+    data_dir = choose_data_dir(config.data_dir)
+    if config.data_dir is None and Path(data_dir) == DEMO_DATA:
+        untouched = {k: value for k, value in DEMO.items() if getattr(config, k) == getattr(TrainConfig, k)}
+        config = dataclasses.replace(config, **untouched)
+    config = dataclasses.replace(config, data_dir=data_dir)
     if config.run is None:
         name = f"{Path(config.data_dir).resolve().name}_{datetime.now():%Y%m%d_%H%M%S}"
         config = dataclasses.replace(config, run=name)
@@ -128,28 +117,6 @@ def resume_config(config: TrainConfig) -> TrainConfig:
     }
     place = {"results_dir": str(folder.parent), "run": folder.name}
     return dataclasses.replace(saved, **{"max_minutes": config.max_minutes, **kept, **place})
-
-
-def make_demo_data() -> None:
-    """Write the phantom cohorts of the demo, unless they are there."""
-    for style, folder, cases in (
-        ("internal", DEMO_DATA, 40),
-        ("external", DEMO_DATA.with_name("phantom_external"), 10),
-    ):
-        if folder.is_dir() and len(list(folder.glob("*/*_seg.nii.gz"))) == cases:
-            continue
-        script = Path(__file__).with_name("make_phantom_v2.py")
-        command = [
-            sys.executable,
-            str(script),
-            "--output",
-            str(folder),
-            "--cases",
-            str(cases),
-            "--style",
-            style,
-        ]
-        subprocess.run(command, check=True)
 
 
 def choose_split(config: TrainConfig, cases: Sequence[Case], folder: Path) -> dict[str, Any]:

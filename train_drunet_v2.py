@@ -323,8 +323,8 @@ def finish_epoch(
     )
     scores = " ".join(f"{region} {value:.4f}" for region, value in zip(config.regions, at_half, strict=True))
     log.say(
-        f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation Dice "
-        f"per case {scores}{' *' if is_better else '  '}  lr {rate:.1e}  "
+        f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation "
+        f"Dice per case {scores}{' *' if is_better else '  '}  lr {rate:.1e}  "
         f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
         f"peak {peak_gb:.2f} GiB"
     )
