@@ -203,6 +203,8 @@ def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
                 xytext=(-6 if left else 6, -2),
             )
         axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks(mpl.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
         axes.set_ylim(-0.02, 1.02)
         empty = int((~present).sum())
         axes.set_xlabel("reference volume in ml" + (f" ({empty} empty left out)" if empty else ""))
@@ -249,7 +251,7 @@ def plot_precision_recall(
         )
         axes.legend(frameon=False, fontsize=8, loc="lower left")
         _tidy(axes)
-    figure.suptitle(f"Precision and recall, with TTA{note}", fontsize=11)
+    figure.suptitle(f"Precision and recall, with TTA\n{note.strip()}".rstrip(), fontsize=11)
     save_figure(figure, path)
 
 
@@ -273,6 +275,7 @@ def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> N
             f"{cohort}: mean {summary['mean']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}", fontsize=10
         )
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        axes.set_xlim(0.4, len(gain) + 0.6)
         axes.set_xlabel(f"case, most to least gain (n = {len(gain)})")
         axes.set_ylabel(f"{region} Dice, TTA - plain")
         _tidy(axes)
