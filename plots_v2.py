@@ -156,9 +156,9 @@ def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str)
         values = np.sort(chosen["dice"].to_numpy())[::-1]
         summary = cohorts[cohort][region]["tta"]["dice"]
         colour = COHORT_COLOURS[cohort]
-        axes.axhspan(
-            *summary["ci95"], color=colour, alpha=0.15, linewidth=0, label="95 % interval of the mean"
-        )
+        if summary["ci95"]:
+            label = "95 % interval of the mean"
+            axes.axhspan(*summary["ci95"], color=colour, alpha=0.15, linewidth=0, label=label)
         axes.axhline(summary["mean"], color=colour, linewidth=1.2, label=f"mean {summary['mean']:.3f}")
         axes.axhline(
             summary["median"],
@@ -265,15 +265,15 @@ def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> N
         gain = np.sort((chosen["tta"] - chosen["plain"]).to_numpy())[::-1]
         summary = cohorts[cohort][region]["tta_gain"]
         axes.axhline(0, color="#333c47", linewidth=0.8)
-        axes.axhspan(*summary["ci95"], color=COHORT_COLOURS[cohort], alpha=0.18, linewidth=0)
         axes.bar(
             np.arange(1, len(gain) + 1), gain, color=np.where(gain >= 0, "#2a9d74", "#c8553d"), width=0.8
         )
         axes.axhline(summary["mean"], color=COHORT_COLOURS[cohort], linewidth=1.2)
-        low, high = summary["ci95"]
-        axes.set_title(
-            f"{cohort}: mean {summary['mean']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}", fontsize=10
-        )
+        title = f"{cohort}: mean {summary['mean']:+.4f}"
+        if summary["ci95"]:
+            axes.axhspan(*summary["ci95"], color=COHORT_COLOURS[cohort], alpha=0.18, linewidth=0)
+            title += ", 95 % interval {:+.4f} to {:+.4f}".format(*summary["ci95"])
+        axes.set_title(title, fontsize=10)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         axes.set_xlim(0.4, len(gain) + 0.6)
         axes.set_xlabel(f"case, most to least gain (n = {len(gain)})")

@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _interval(ci95: Sequence[float] | None, style: str) -> str:
+    return "none (one patient)" if ci95 is None else " to ".join(style.format(edge) for edge in ci95)
+
+
 def summary_rows(summary: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Yield the cells of COLUMNS for each cohort, region and mode of a summary."""
     for cohort, regions in summary["cohorts"].items():
@@ -51,7 +55,7 @@ def summary_rows(summary: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                     "TTA" if mode == "tta" else "plain",
                     f"{part['n_cases']} / {part['n_patients']}",
                     _number(dice["mean"]),
-                    f"{_number(dice['ci95'][0])} - {_number(dice['ci95'][1])}",
+                    _interval(dice["ci95"], "{:.3f}"),
                     _number(dice["sd"]),
                     _number(dice["median"]),
                     _number(part["precision"]["mean"]) + undefined[0],
@@ -68,10 +72,9 @@ def gain_lines(summary: dict[str, Any]) -> Iterator[str]:
     for cohort, regions in summary["cohorts"].items():
         for region, modes in regions.items():
             gain = modes["tta_gain"]
-            low, high = gain["ci95"]
             yield (
                 f"TTA changes {cohort} {region} Dice per case by {gain['mean']:+.4f} "
-                f"(95 % CI {low:+.4f} to {high:+.4f}, paired, n = {gain['n']})"
+                f"(95 % CI {_interval(gain['ci95'], '{:+.4f}')}, paired, n = {gain['n']})"
             )
 
 

@@ -258,7 +258,8 @@ def bootstrap_means(
 def summarise(values: Sequence[float], patients: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """Return mean, sd, median, ci95 (bootstrap over patients) and n of per-case values, NaN left out.
 
-    sd is the sample standard deviation (n - 1), 0 for one case. With no value at all every statistic is None.
+    sd is the sample standard deviation (n - 1). What cannot be told is None: sd of one case, ci95 of one
+    patient, everything of no case.
     """
     array = np.asarray(values, float)
     kept = ~np.isnan(array)
@@ -266,14 +267,15 @@ def summarise(values: Sequence[float], patients: Sequence[str], seed: int = 0) -
     if not kept.any():
         return {"mean": None, "sd": None, "median": None, "ci95": None, "n": 0, "n_undefined": left_out}
     array = array[kept]
-    means = bootstrap_means(
-        array, [patient for patient, keep in zip(patients, kept, strict=True) if keep], seed=seed
-    )
+    chosen = [patient for patient, keep in zip(patients, kept, strict=True) if keep]
+    ci95 = None
+    if len(set(chosen)) > 1:
+        ci95 = [float(edge) for edge in np.percentile(bootstrap_means(array, chosen, seed=seed), [2.5, 97.5])]
     return {
         "mean": float(array.mean()),
-        "sd": float(array.std(ddof=1)) if len(array) > 1 else 0.0,
+        "sd": float(array.std(ddof=1)) if len(array) > 1 else None,
         "median": float(np.median(array)),
-        "ci95": [float(edge) for edge in np.percentile(means, [2.5, 97.5])],
+        "ci95": ci95,
         "n": len(array),
         "n_undefined": left_out,
     }

@@ -1,0 +1,470 @@
+"""Normalisation, the way between native grid and network input, slabs, and the cache of prepared cases."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+import volumes_v2
+from cases_v2 import Case, find_cases, load_case, regions_from_labels
+from volumes_v2 import (
+    BRAIN_SLICE_VOXELS,
+    Z_RANGE,
+    brain_mask,
+    fit_slices,
+    gather_slab,
+    normalise_volume,
+    place_slices,
+    prepare_case,
+    prepare_cases,
+    unfit_slices,
+)
+
+# ------------------------------------------------------------------------------------------------------------
+# Foreground and normalisation
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_head(seed: int = 0, low: int = 300, high: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """Return (intensities, brain) (8, 40, 40): integers in low..high inside an ellipsoid, 0 around it."""
+    z, y, x = np.ogrid[-3.5:4.5, -19.5:20.5, -19.5:20.5]
+    brain = (z / 5) ** 2 + (y / 16) ** 2 + (x / 13) ** 2 < 1
+    intensities = np.random.default_rng(seed).integers(low, high, brain.shape).astype(np.float32)
+    return np.where(brain, intensities, 0).astype(np.float32), brain
+
+
+def normalise_one(intensities: np.ndarray) -> np.ndarray:
+    return normalise_volume(intensities[None])[0][0]
+
+
+def test_brain_is_what_lies_above_the_background():
+    intensities, brain = make_head()
+    mask = brain_mask(intensities)
+    assert mask.dtype == np.bool_
+    assert (mask == brain).all()
+
+
+@pytest.mark.parametrize("background", [-4.75, -1000.0, 7.0])
+def test_background_need_not_be_zero(background):
+    intensities, brain = make_head()
+    assert (brain_mask(intensities + np.float32(background)) == brain).all()
+
+
+def test_noise_of_air_is_no_brain():
+    intensities, brain = make_head()
+    air = np.random.default_rng(1).integers(0, 21, brain.shape)
+    assert (brain_mask(np.where(brain, intensities, air).astype(np.float32)) == brain).all()
+
+
+def test_a_head_that_touches_the_border_is_still_found():
+    intensities, brain = make_head()
+    assert (brain_mask(intensities[:, 8:, :]) == brain[:, 8:, :]).all()
+
+
+def test_a_constant_volume_has_no_brain_and_becomes_zero():
+    scores, brain_voxels = normalise_volume(np.full((1, 3, 8, 8), 42, np.float32))
+    assert not brain_mask(np.full((3, 8, 8), 42, np.float32)).any()
+    assert not scores.any()
+    assert brain_voxels.tolist() == [0, 0, 0]
+
+
+def test_scores_by_hand():
+    # Half of the brain is 100, half is 300: mean 200, SD 100. The background is 0, so -2.
+    intensities = np.zeros((4, 12, 12), np.float32)
+    intensities[:, 2:10, 2:6] = 100
+    intensities[:, 2:10, 6:10] = 300
+    scores = normalise_one(intensities)
+    assert scores.dtype == np.float32
+    assert (scores[:, 2:10, 2:6] == -1).all()
+    assert (scores[:, 2:10, 6:10] == 1).all()
+    assert (scores[:, 0] == -2).all()
+
+
+def test_scores_are_clipped_to_their_range():
+    # Mean 1000, SD 10: the background would be -100. One voxel of 2048 lies far above.
+    intensities = np.zeros((8, 20, 20), np.float32)
+    intensities[:, 2:18, 2:10] = 990
+    intensities[:, 2:18, 10:18] = 1010
+    intensities[4, 9, 10] = 5000
+    scores = normalise_one(intensities)
+    assert Z_RANGE == (-3.0, 6.0)
+    assert (scores[:, 0] == -3).all()
+    assert scores[4, 9, 10] == 6
+    assert (scores[0, 2:18, 2:10] == -1).all()
+
+
+def test_a_brain_of_one_value_scores_zero():
+    intensities = np.zeros((2, 12, 12), np.float32)
+    intensities[:, 3:9, 3:9] = 500
+    assert (normalise_one(intensities)[:, 3:9, 3:9] == 0).all()
+
+
+def test_brain_has_mean_zero_and_sd_one():
+    intensities, brain = make_head()
+    inside = normalise_one(intensities)[brain]
+    # The statistics are those of the clipped brain; clipping again at the same share gives it back.
+    inside = np.clip(inside, *np.percentile(inside, [0.5, 99.5]))
+    assert abs(inside.mean()) < 1e-3
+    assert abs(inside.std() - 1) < 1e-3
+
+
+@given(scale=st.floats(0.01, 100), offset=st.floats(-1000, 1000))
+def test_scores_do_not_depend_on_the_scale_and_offset_of_the_intensities(scale, offset):
+    intensities, _ = make_head()
+    changed = (intensities * np.float32(scale) + np.float32(offset)).astype(np.float32)
+    # Two float16 values next to each other are up to 2^-8 apart in 4..8.
+    np.testing.assert_allclose(normalise_one(changed), normalise_one(intensities), atol=0.005)
+
+
+@given(seed=st.integers(0, 10_000), outliers=st.integers(1, 8), value=st.sampled_from([32767, -32768]))
+def test_a_few_outliers_leave_every_other_voxel_where_it_was(seed, outliers, value):
+    intensities, brain = make_head()  # 4,000 brain voxels: 8 are 0.2 %
+    changed = intensities.copy()
+    chosen = np.random.default_rng(seed).choice(np.flatnonzero(brain), outliers, replace=False)
+    changed.flat[chosen] = value
+    kept = np.ones(brain.size, bool)
+    kept[chosen] = False
+    difference = np.abs(normalise_one(changed) - normalise_one(intensities)).ravel()[kept]
+    assert difference.max() < 0.02
+
+
+def test_a_few_hot_voxels_in_the_background_leave_the_brain_where_it_was():
+    intensities, brain = make_head()
+    changed = intensities.copy()
+    changed[0, 0, :4] = 32767
+    difference = np.abs(normalise_one(changed) - normalise_one(intensities))[brain]
+    assert difference.max() < 0.02
+
+
+def test_scores_are_exact_in_float16():
+    scores = normalise_one(make_head()[0])
+    assert len(np.unique(scores)) > 100
+    assert (scores.astype(np.float16).astype(np.float32) == scores).all()
+
+
+def test_each_modality_is_normalised_by_itself_and_the_first_one_counts_brain():
+    first, brain = make_head(0)
+    second, _ = make_head(1, 30, 50)
+    second[5:] = 0
+    scores, brain_voxels = normalise_volume(np.stack([first, second]))
+    assert brain_voxels.tolist() == brain.sum((1, 2)).tolist()
+    assert (scores[0] == normalise_one(first)).all()
+    assert (scores[1] == normalise_one(second)).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Native grid and network input
+# ------------------------------------------------------------------------------------------------------------
+
+SIDES = st.integers(1, 70)
+SIZES = st.sampled_from([16, 32, 48])
+
+
+def test_padding_by_hand():
+    slices = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    placement = place_slices(2, 3, 4)
+    # One row above and one below; of the one column, the odd one goes to the right.
+    expected = [[1, 2, 3, 3], [1, 2, 3, 3], [4, 5, 6, 6], [4, 5, 6, 6]]
+    assert fit_slices(slices, placement).tolist() == expected
+    mask = fit_slices(slices > 0, placement, is_mask=True)
+    assert mask.tolist() == [[False] * 4, [True] * 3 + [False], [True] * 3 + [False], [False] * 4]
+    assert unfit_slices(fit_slices(slices, placement), placement).tolist() == slices.tolist()
+
+
+def test_cropping_by_hand():
+    slices = np.arange(25, dtype=np.float32).reshape(5, 5)
+    placement = place_slices(5, 5, 4)  # 5 is not above 1.25 x 4: cropped, not resized
+    fitted = fit_slices(slices, placement)
+    assert fitted.tolist() == slices[:4, :4].tolist()
+    restored = unfit_slices(fitted, placement)
+    assert restored[:4, :4].tolist() == slices[:4, :4].tolist()
+    assert not restored[4].any()
+    assert not restored[:, 4].any()
+
+
+def test_brats_slices_are_padded_by_8_on_every_side():
+    slices = np.zeros((240, 240), np.float32)
+    slices[0, 0] = slices[-1, -1] = 1
+    mask = fit_slices(slices > 0, place_slices(240, 240, 256), is_mask=True)
+    assert np.argwhere(mask).tolist() == [[8, 8], [247, 247]]
+
+
+@given(height=SIDES, width=SIDES, size=SIZES, seed=st.integers(0, 1000))
+def test_fitting_and_unfitting_keep_every_cell_that_was_not_cropped(height, width, size, seed):
+    placement = place_slices(height, width, size)
+    slices = np.random.default_rng(seed).uniform(0.1, 1, (2, 3, height, width)).astype(np.float32)
+    fitted = fit_slices(slices, placement)
+    restored = unfit_slices(fitted, placement)
+    assert fitted.shape == (2, 3, size, size)
+    assert restored.shape == slices.shape
+    assert placement.native == (height, width)
+    assert (placement.inner != placement.native) == (max(height, width) > 1.25 * size)
+    if placement.inner != placement.native:
+        assert max(placement.inner) == size
+        return
+    cut = restored == 0
+    assert (restored[~cut] == slices[~cut]).all()
+    rows, columns = ~cut[0, 0].all(1), ~cut[0, 0].all(0)
+    for kept, side in ((rows, height), (columns, width)):
+        lost = max(0, side - size)
+        edges = np.flatnonzero(kept)[[0, -1]]
+        assert kept.sum() == side - lost == edges[1] - edges[0] + 1
+        assert (edges[0], side - 1 - edges[1]) == (lost // 2, lost - lost // 2)  # cut alike on both sides
+
+
+@given(height=SIDES, width=SIZES, size=SIZES, seed=st.integers(0, 1000))
+def test_masks_are_never_blended_nor_extended(height, width, size, seed):
+    placement = place_slices(height, width, size)
+    masks = np.random.default_rng(seed).random((2, height, width)) < 0.5
+    fitted = fit_slices(masks, placement, is_mask=True)
+    assert fitted.dtype == np.bool_
+    assert fitted.shape == (2, size, size)
+    as_numbers = fit_slices(masks.astype(np.uint8) * 4, placement, is_mask=True)
+    assert set(np.unique(as_numbers)) <= {0, 4}
+    assert (fitted == (as_numbers > 0)).all()
+    if max(height, width) <= size:
+        assert fitted.sum() == masks.sum()
+
+
+def test_image_and_mask_of_a_slice_are_padded_and_cropped_alike():
+    pattern = np.random.default_rng(0).random((50, 30)) < 0.5
+    placement = place_slices(50, 30, 40)
+    image = fit_slices(pattern.astype(np.float32), placement)
+    mask = fit_slices(pattern, placement, is_mask=True)
+    assert (mask[:, 5:35] == (image[:, 5:35] > 0.5)).all()
+    assert not mask[:, :5].any()
+    assert not mask[:, 35:].any()
+
+
+def test_large_slices_are_resized_as_a_whole_with_their_proportions():
+    placement = place_slices(96, 48, 32)
+    assert placement.inner == (32, 16)
+    ramp = np.broadcast_to(np.arange(96, dtype=np.float32)[:, None], (96, 48))
+    fitted = fit_slices(ramp, placement)
+    # Area resizing by 3: each output pixel is the mean of three, 1, 4, 7, ...
+    np.testing.assert_allclose(fitted[:, 16], np.arange(32) * 3 + 1, atol=1e-4)
+    np.testing.assert_allclose(fitted, np.broadcast_to(fitted[:, :1], (32, 32)), atol=1e-4)
+
+
+@pytest.mark.parametrize(("native", "size"), [((48, 48), 16), ((90, 60), 32), ((50, 75), 32)])
+def test_a_resized_blob_comes_back_where_it_was(native, size):
+    y, x = np.mgrid[: native[0], : native[1]]
+    centre = (native[0] * 0.4, native[1] * 0.55)
+    radius = min(native) / 6
+    blob = np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * radius**2)).astype(np.float32)
+    placement = place_slices(*native, size)
+    restored = unfit_slices(fit_slices(blob, placement), placement)
+    assert restored.shape == native
+    assert restored.min() >= 0
+    assert np.abs(restored - blob).max() < 0.08
+    np.testing.assert_allclose(ndimage.center_of_mass(restored), ndimage.center_of_mass(blob), atol=0.2)
+
+
+@pytest.mark.parametrize(("side", "size"), [(48, 16), (50, 32), (49, 16)])
+def test_a_resized_mask_is_not_shifted(side, size):
+    # Taking the upper left pixel of each block would move the target by up to half a block against the
+    # image. A mask resized without a shift is its mirror image where its input is.
+    noise = np.random.default_rng(0).normal(size=(side, side))
+    mask = ndimage.gaussian_filter(noise, side / 16) > 0
+    placement = place_slices(side, side, size)
+    fitted = fit_slices(mask, placement, is_mask=True)
+    assert (fit_slices(mask[::-1], placement, is_mask=True) == fitted[::-1]).all()
+    assert (fit_slices(mask[:, ::-1], placement, is_mask=True) == fitted[:, ::-1]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Slabs
+# ------------------------------------------------------------------------------------------------------------
+
+
+def numbered_volume(modalities: int, depth: int) -> np.ndarray:
+    """Return a volume (C, D, 2, 2) whose voxels are 100 * modality + slice."""
+    values = 100 * np.arange(modalities)[:, None] + np.arange(depth)
+    return np.broadcast_to(values[..., None, None], (modalities, depth, 2, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("z", "context", "expected"),
+    [
+        (2, 1, [1, 2, 3, 101, 102, 103]),
+        (0, 1, [0, 0, 1, 100, 100, 101]),
+        (4, 1, [3, 4, 4, 103, 104, 104]),
+        (2, 0, [2, 102]),
+        (4, 2, [2, 3, 4, 4, 4, 102, 103, 104, 104, 104]),
+        (1, 2, [0, 0, 1, 2, 3, 100, 100, 101, 102, 103]),
+    ],
+)
+def test_a_slab_holds_the_slices_of_each_modality_in_turn(z, context, expected):
+    slab = gather_slab(numbered_volume(2, 5), z, context)
+    assert slab.shape == (len(expected), 2, 2)
+    assert slab[:, 1, 1].tolist() == expected
+
+
+def test_a_single_slice_is_its_own_neighbour():
+    assert gather_slab(numbered_volume(1, 1), 0, 1)[:, 0, 0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("z", [-1, 5, 100])
+def test_a_slice_outside_the_volume_is_an_error(z):
+    with pytest.raises(ValueError, match=str(z)):
+        gather_slab(numbered_volume(2, 5), z, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cache
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def case(tmp_path, write_nifti) -> Case:
+    """One case of a (8, 40, 40) head with 16 voxels of edema in slice 3 and 4 of ET in slice 4."""
+    intensities, _ = make_head()
+    labels = np.zeros((8, 40, 40), np.uint8)
+    labels[3, 18:22, 18:22] = 2
+    labels[4, 18:20, 18:20] = 4
+    write_nifti(tmp_path / "in" / "x_flair.nii.gz", intensities.astype(np.int16).transpose(2, 1, 0))
+    write_nifti(tmp_path / "in" / "x_t1.nii.gz", make_head(1)[0].astype(np.int16).transpose(2, 1, 0))
+    write_nifti(tmp_path / "in" / "x_seg.nii.gz", labels.transpose(2, 1, 0))
+    return find_cases(tmp_path / "in")[0]
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+def prepare(case: Case, cache: Path) -> volumes_v2.PreparedCase:
+    return prepare_case(case, ("flair",), ("WT", "ET"), cache)
+
+
+def test_a_prepared_case_holds_what_reading_and_normalising_give(case, cache):
+    prepared = prepare_case(case, ("flair", "t1"), ("WT", "ET"), cache)
+    loaded = load_case(case, ("flair", "t1"))
+    scores, brain_voxels = normalise_volume(loaded.volume)
+    assert prepared.volume.dtype == np.float16
+    assert isinstance(prepared.volume, np.memmap)
+    assert (prepared.volume.astype(np.float32) == scores).all()  # the same pixels with and without cache
+    assert prepared.reference.dtype == np.bool_
+    assert (prepared.reference == regions_from_labels(loaded.labels, "brats", ("WT", "ET"))).all()
+    assert prepared.brain_voxels == tuple(brain_voxels.tolist())
+    assert prepared.region_voxels == ((0, 0, 0, 16, 4, 0, 0, 0), (0, 0, 0, 0, 4, 0, 0, 0))
+    assert prepared.spacing_mm == (1.0, 1.0, 1.0)
+    assert (prepared.case_id, prepared.patient_id, prepared.cohort) == ("x", "x", "in")
+
+
+def test_the_second_time_nothing_is_decoded(case, cache, monkeypatch):
+    first = prepare(case, cache)
+
+    def decode_again(*_: object) -> None:
+        raise AssertionError("the case was decoded again")
+
+    monkeypatch.setattr(volumes_v2, "load_case", decode_again)
+    assert prepare(case, cache) == first
+
+
+def test_a_changed_file_is_read_anew(case, cache):
+    before = prepare(case, cache)
+    path = case.modalities["flair"][0]
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))  # rewritten within the same size
+    assert prepare(case, cache).folder != before.folder
+
+
+def test_a_changed_mask_is_read_anew(case, cache, write_nifti):
+    prepare(case, cache)
+    write_nifti(case.mask[0], np.full((40, 40, 8), 4, np.uint8))
+    assert sum(prepare(case, cache).region_voxels[1]) == 40 * 40 * 8
+
+
+def test_other_modalities_regions_and_channels_have_entries_of_their_own(case, cache, tmp_path, write_slices):
+    combinations = [
+        (("flair",), ("WT",)),
+        (("t1",), ("WT",)),
+        (("flair", "t1"), ("WT",)),
+        (("t1", "flair"), ("WT",)),
+        (("flair",), ("ET",)),
+        (("flair",), ("WT", "ET")),
+    ]
+    folders = {prepare_case(case, *combination, cache).folder for combination in combinations}
+    assert len(folders) == len(combinations)
+    rgb = np.random.default_rng(0).integers(0, 255, (12, 12, 3), np.uint8)
+    write_slices(tmp_path / "png", "c", {1: rgb}, {1: np.zeros((12, 12), np.uint8)})
+    volumes = [
+        prepare_case(find_cases(tmp_path / "png", ("flair",), channel)[0], ("flair",), ("WT",), cache).volume
+        for channel in (0, 1)
+    ]
+    assert (volumes[0] != volumes[1]).any()
+
+
+def test_cases_of_one_id_in_two_cohorts_do_not_share_an_entry(case, cache, tmp_path, write_nifti):
+    write_nifti(tmp_path / "other" / "x_flair.nii.gz", make_head(5)[0].astype(np.int16).transpose(2, 1, 0))
+    write_nifti(tmp_path / "other" / "x_seg.nii.gz", np.zeros((40, 40, 8), np.uint8))
+    other = prepare(find_cases(tmp_path / "other")[0], cache)
+    assert other.folder != prepare(case, cache).folder
+
+
+def test_a_copy_under_another_name_is_known_by_its_content(case, cache, tmp_path, write_nifti):
+    intensities, _ = make_head()
+    array = intensities.astype(np.int16).transpose(2, 1, 0)
+    for name, copied in (("copy", array), ("other", make_head(7)[0].transpose(2, 1, 0))):
+        write_nifti(tmp_path / name / f"{name}_flair.nii", copied)
+        write_nifti(tmp_path / name / f"{name}_seg.nii", np.zeros((40, 40, 8), np.uint8))
+    original, copy, other = (
+        prepare(found, cache) for found in (case, *(find_cases(tmp_path / n)[0] for n in ("copy", "other")))
+    )
+    assert original.image_sha256 == copy.image_sha256
+    assert original.image_sha256 != other.image_sha256
+
+
+def test_what_a_killed_writer_left_is_not_taken_for_an_entry(case, cache):
+    whole = prepare(case, cache)
+    half = whole.folder.with_name(f".4242.{whole.folder.name}")
+    whole.folder.rename(half)
+    (half / "facts.json").unlink()
+    (half / "volume.npy").write_bytes(b"half")
+    again = prepare(case, cache)
+    assert again.folder == whole.folder
+    assert (again.volume.astype(np.float32) == normalise_volume(load_case(case).volume)[0]).all()
+
+
+def test_a_write_that_fails_leaves_no_entry(case, cache, monkeypatch):
+    def fail(path: Path, *_: object) -> None:
+        if Path(path).name == "reference.npy":
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", fail)
+        with pytest.raises(OSError, match="No space"):
+            prepare(case, cache)
+    assert list(cache.iterdir()) == []
+    assert prepare(case, cache).volume.shape == (1, 8, 40, 40)
+
+
+def test_of_two_writers_of_one_entry_the_first_stays(case, cache, monkeypatch):
+    read = load_case
+    others = []
+
+    def read_while_another_prepares(*arguments: object) -> object:
+        if not others:
+            others.append(None)
+            others[0] = prepare(case, cache)
+        return read(*arguments)
+
+    monkeypatch.setattr(volumes_v2, "load_case", read_while_another_prepares)
+    prepared = prepare(case, cache)
+    assert prepared == others[0]
+    assert list(cache.iterdir()) == [prepared.folder]
+    assert prepared.volume.shape == (1, 8, 40, 40)
+
+
+def test_prepared_phantoms_have_brain_tumour_and_slices_without_brain(phantom_cohort, cache):
+    prepared = prepare_cases(find_cases(phantom_cohort)[:2], ("flair",), ("WT",), cache)
+    assert [case.case_id for case in prepared] == ["BraTS2021_90000", "BraTS2021_90001"]
+    for case in prepared:
+        assert case.spacing_mm == (10.0, 5.0, 5.0)
+        assert max(case.brain_voxels) > 400
+        assert min(case.brain_voxels) < BRAIN_SLICE_VOXELS
+        assert 0 < sum(case.region_voxels[0]) < sum(case.brain_voxels) / 3
