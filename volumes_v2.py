@@ -22,6 +22,7 @@ from cases_v2 import Case, load_case, regions_from_labels
 from utils_v2 import write_json
 
 Z_RANGE = (-4.0, 8.0)  # normalised intensities are clipped to it; augmentation maps it to 0..1
+QUARTILE_DISTANCE = 1.349  # between the quartiles of a normal distribution, in SD
 RESIZE_ABOVE = 1.25  # slices up to a quarter larger than the network's input are cropped, larger ones resized
 BRAIN_SLICE_VOXELS = 64  # a slice with fewer brain voxels counts as empty
 CACHE_VERSION = 2  # raise when normalisation changes: old cache entries are then never read
@@ -65,8 +66,9 @@ def normalise_volume(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             brain_voxels = mask.sum((1, 2))
         if not mask.any():
             continue
-        low, median, high = (float(value) for value in np.percentile(intensities[mask], [25, 50, 75]))
-        deviation = (high - low) / 1.349 or 1.0  # 1.349 SD lie between the quartiles of a normal distribution
+        inside = intensities[mask]
+        low, median, high = (float(value) for value in np.percentile(inside, [25, 50, 75]))
+        deviation = (high - low) / QUARTILE_DISTANCE or float(inside.std()) or 1.0
         scores[channel] = np.clip((intensities - median) / deviation, *Z_RANGE).astype(np.float16)
     return scores, brain_voxels
 
@@ -110,7 +112,7 @@ def fit_slices(slices: np.ndarray, placement: Placement, is_mask: bool = False) 
     nearest neighbour. With padding alone, `unfit_slices` gives the input back exactly.
     """
     if placement.inner != placement.native:
-        interpolation = cv2.INTER_NEAREST if is_mask else cv2.INTER_AREA
+        interpolation = cv2.INTER_NEAREST_EXACT if is_mask else cv2.INTER_AREA
         slices = _resize(slices, placement.inner, interpolation)
     return _pad_or_crop(slices, placement.size, placement.size, "constant" if is_mask else "edge")
 

@@ -99,6 +99,13 @@ def test_uncompressed_files_and_cases_without_a_mask_are_found(tmp_path, write_n
     assert with_reference([first, second], tmp_path) == [second]
 
 
+def test_cases_are_sorted_by_id_whatever_their_folders_are_called(tmp_path, write_nifti, write_slices):
+    write_nifti(tmp_path / "a" / "z_flair.nii.gz", FLAIR)
+    write_nifti(tmp_path / "b" / "m_flair.nii.gz", FLAIR)
+    write_slices(tmp_path / "c", "k", {1: np.zeros((4, 4), np.uint8)})
+    assert [case.case_id for case in find_cases(tmp_path)] == ["k", "m", "z"]
+
+
 def test_several_cases_may_share_one_folder(tmp_path, write_nifti):
     for case_id in ("p_1", "p_2"):  # ids may hold underscores
         write_nifti(tmp_path / f"{case_id}_flair.nii.gz", FLAIR)
@@ -618,6 +625,9 @@ def test_saved_labels_lie_in_the_file_as_the_flair_does(brats_case, tmp_path, co
     flair, affine = in_orientation(FLAIR, AFFINE_123_MM, codes)
     seg, _ = in_orientation(SEG, AFFINE_123_MM, codes)
     case = brats_case(flair, seg, affine)
+    patch_header(case.modalities["flair"][0], 148, b"scanner 7")  # descrip
+    patch_header(case.modalities["flair"][0], 252, struct.pack("<hh", 1, 3))  # qform and sform code
+    patch_header(case.modalities["flair"][0], 123, bytes([2]))  # mm
     path = save_labels(load_case(case).labels, case, tmp_path / "out")
     assert path == tmp_path / "out" / "x_seg.nii.gz"
     written, source = nib.load(path), nib.load(case.modalities["flair"][0])
@@ -625,6 +635,7 @@ def test_saved_labels_lie_in_the_file_as_the_flair_does(brats_case, tmp_path, co
     assert written.get_data_dtype() == np.uint8
     assert (np.asanyarray(written.dataobj) == seg).all()
     np.testing.assert_array_equal(written.affine, source.affine)
+    assert source.header["descrip"].item() == b"scanner 7"
     for field in ("pixdim", "xyzt_units", "sform_code", "qform_code", "srow_x", "quatern_b", "descrip"):
         assert written.header[field].tobytes() == source.header[field].tobytes(), field
 

@@ -73,28 +73,28 @@ def test_a_constant_volume_has_no_brain_and_becomes_zero():
 
 
 def test_scores_by_hand():
-    # Half of the brain is 100, half is 300: mean 200, SD 100. The background is 0, so -2.
+    # Half of the brain is 100, half is 300: median 200, quartiles 100 and 300, so one SD is 200 / 1.349.
     intensities = np.zeros((4, 12, 12), np.float32)
     intensities[:, 2:10, 2:6] = 100
     intensities[:, 2:10, 6:10] = 300
     scores = normalise_one(intensities)
     assert scores.dtype == np.float32
-    assert (scores[:, 2:10, 2:6] == -1).all()
-    assert (scores[:, 2:10, 6:10] == 1).all()
-    assert (scores[:, 0] == -2).all()
+    np.testing.assert_allclose(scores[:, 2:10, 2:6], -0.6745, atol=5e-4)
+    np.testing.assert_allclose(scores[:, 2:10, 6:10], 0.6745, atol=5e-4)
+    np.testing.assert_allclose(scores[:, 0], -1.349, atol=1e-3)
 
 
 def test_scores_are_clipped_to_their_range():
-    # Mean 1000, SD 10: the background would be -100. One voxel of 2048 lies far above.
+    # Median near 1000, SD 20 / 1.349: the background would be -67. One voxel of 2048 lies far above.
     intensities = np.zeros((8, 20, 20), np.float32)
     intensities[:, 2:18, 2:10] = 990
     intensities[:, 2:18, 10:18] = 1010
     intensities[4, 9, 10] = 5000
     scores = normalise_one(intensities)
-    assert Z_RANGE == (-3.0, 6.0)
-    assert (scores[:, 0] == -3).all()
-    assert scores[4, 9, 10] == 6
-    assert (scores[0, 2:18, 2:10] == -1).all()
+    assert Z_RANGE == (-4.0, 8.0)
+    assert (scores[:, 0] == -4).all()
+    assert scores[4, 9, 10] == 8
+    np.testing.assert_allclose(scores[0, 2:18, 2:10], -0.6745, atol=5e-4)
 
 
 def test_a_brain_of_one_value_scores_zero():
@@ -103,13 +103,30 @@ def test_a_brain_of_one_value_scores_zero():
     assert (normalise_one(intensities)[:, 3:9, 3:9] == 0).all()
 
 
-def test_brain_has_mean_zero_and_sd_one():
+def test_a_normal_brain_has_mean_zero_and_sd_one():
+    _, brain = make_head()
+    normal = np.random.default_rng(3).normal(600, 50, brain.shape)
+    inside = normalise_one(np.where(brain, normal, 0).astype(np.float32))[brain]
+    assert abs(inside.mean()) < 0.05
+    assert abs(inside.std() - 1) < 0.05
+
+
+def test_a_bright_scalp_leaves_the_brain_where_it_was():
     intensities, brain = make_head()
-    inside = normalise_one(intensities)[brain]
-    # The statistics are those of the clipped brain; clipping again at the same share gives it back.
-    inside = np.clip(inside, *np.percentile(inside, [0.5, 99.5]))
-    assert abs(inside.mean()) < 1e-3
-    assert abs(inside.std() - 1) < 1e-3
+    scalp = np.zeros_like(brain)
+    scalp[:, 1, 2:38] = True  # 288 voxels, 7 % of the foreground
+    dim, bright = (normalise_one(np.where(scalp, value, intensities)) for value in (1000, 2500))
+    assert (dim == bright)[brain].all()
+
+
+def test_a_brain_with_few_grey_values_falls_back_to_the_standard_deviation():
+    # Nine tenths are 500, one tenth 600: the quartiles agree, mean 510, SD 30; the median is 500.
+    intensities = np.zeros((1, 14, 14), np.float32)
+    intensities[0, 2:12, 2:12] = 500
+    intensities[0, 2:12, 2] = 600
+    scores = normalise_one(intensities)
+    assert (scores[0, 2:12, 3:12] == 0).all()
+    np.testing.assert_allclose(scores[0, 2:12, 2], 100 / 30, atol=2e-3)
 
 
 @given(scale=st.floats(0.01, 100), offset=st.floats(-1000, 1000))
@@ -184,6 +201,13 @@ def test_cropping_by_hand():
     assert restored[:4, :4].tolist() == slices[:4, :4].tolist()
     assert not restored[4].any()
     assert not restored[:, 4].any()
+
+
+def test_slices_are_cropped_up_to_a_quarter_above_the_size_and_resized_beyond():
+    assert place_slices(40, 30, 32).inner == (40, 30)
+    assert place_slices(41, 30, 32).inner == (32, 23)  # 30 * 32 / 41 = 23.4
+    assert place_slices(30, 320, 256).inner == (30, 320)
+    assert place_slices(1, 321, 256).inner == (1, 256)  # a row remains
 
 
 def test_brats_slices_are_padded_by_8_on_every_side():
@@ -399,11 +423,15 @@ def test_other_modalities_regions_and_channels_have_entries_of_their_own(case, c
     assert (volumes[0] != volumes[1]).any()
 
 
-def test_cases_of_one_id_in_two_cohorts_do_not_share_an_entry(case, cache, tmp_path, write_nifti):
-    write_nifti(tmp_path / "other" / "x_flair.nii.gz", make_head(5)[0].astype(np.int16).transpose(2, 1, 0))
-    write_nifti(tmp_path / "other" / "x_seg.nii.gz", np.zeros((40, 40, 8), np.uint8))
-    other = prepare(find_cases(tmp_path / "other")[0], cache)
-    assert other.folder != prepare(case, cache).folder
+def test_cases_of_one_id_in_two_cohorts_do_not_share_an_entry(cache, tmp_path, write_nifti):
+    # The second is unpacked from an archive: same names, sizes and times, other voxels.
+    prepared = []
+    for folder, seed in ((tmp_path / "a", 0), (tmp_path / "b", 1)):
+        for name, array in (("flair", make_head(seed)[0]), ("seg", np.zeros((8, 40, 40), np.uint8))):
+            path = write_nifti(folder / f"x_{name}.nii", array.transpose(2, 1, 0))
+            os.utime(path, ns=(10**18, 10**18))
+        prepared.append(prepare(find_cases(folder)[0], cache))
+    assert (prepared[0].volume != prepared[1].volume).any()
 
 
 def test_a_copy_under_another_name_is_known_by_its_content(case, cache, tmp_path, write_nifti):

@@ -1,0 +1,519 @@
+"""The split by patient, the slice balance, augmentation, and batches that no number of workers changes."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+import dataset_balance_v2
+from dataset_balance_v2 import (
+    SPLIT_PARTS,
+    BalanceConfig,
+    BalancedSampler,
+    SlabDataset,
+    balance_slices,
+    cases_of_split,
+    make_train_loader,
+    read_split,
+    slice_kind,
+    slice_table,
+    split_cases,
+    split_sha256,
+)
+from volumes_v2 import Z_RANGE, PreparedCase, fit_slices, gather_slab, place_slices
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOW, HIGH = Z_RANGE
+
+# ------------------------------------------------------------------------------------------------------------
+# Split
+# ------------------------------------------------------------------------------------------------------------
+
+SCANS_PER_PATIENT = st.lists(st.integers(1, 4), min_size=3, max_size=40)
+
+
+def ids_of(scans_per_patient: list[int]) -> list[tuple[str, str]]:
+    return [
+        (f"BraTS-GLI-{patient:05d}-{scan:03d}", f"BraTS-GLI-{patient:05d}")
+        for patient, scans in enumerate(scans_per_patient)
+        for scan in range(scans)
+    ]
+
+
+@given(scans=SCANS_PER_PATIENT, seed=st.integers(0, 10_000))
+def test_every_case_is_in_one_part_and_every_patient_too(make_cases, scans, seed):
+    ids = ids_of(scans)
+    split = split_cases(make_cases(ids), seed)
+    assert sorted(case_id for part in SPLIT_PARTS for case_id in split[part]) == sorted(id_ for id_, _ in ids)
+    patient_of = dict(ids)
+    patients = {part: {patient_of[case_id] for case_id in split[part]} for part in SPLIT_PARTS}
+    assert sum(map(len, patients.values())) == len(scans)  # no patient is counted twice
+    assert all(patients.values())
+    share = max(1, round(0.15 * len(scans)))
+    assert (len(patients["validation"]), len(patients["test"])) == (share, share)
+    assert all(split[part] == sorted(split[part]) for part in SPLIT_PARTS)
+
+
+@given(scans=SCANS_PER_PATIENT, seed=st.integers(0, 10_000), random=st.randoms(use_true_random=False))
+def test_the_split_depends_on_ids_and_seed_alone(make_cases, scans, seed, random):
+    cases = make_cases(ids_of(scans))
+    split = split_cases(cases, seed)
+    random.shuffle(cases)
+    assert split_cases(cases, seed) == split
+
+
+def test_another_seed_gives_another_split_of_the_same_sizes(make_cases):
+    cases = make_cases(ids_of([1] * 20))
+    splits = [split_cases(cases, seed) for seed in range(5)]
+    assert len({split["sha256"] for split in splits}) == 5
+    assert {tuple(len(split[part]) for part in SPLIT_PARTS) for split in splits} == {(14, 3, 3)}
+
+
+def test_patients_are_shuffled_before_they_are_dealt(make_cases):
+    split = split_cases(make_cases(ids_of([1] * 100)), 0)
+    first_15 = {f"BraTS-GLI-{patient:05d}-000" for patient in range(15)}
+    for part in ("validation", "test"):
+        assert len(first_15 & set(split[part])) < 10
+
+
+def test_other_fractions_are_kept(make_cases):
+    split = split_cases(make_cases(ids_of([1] * 20)), 0, (0.5, 0.3, 0.2))
+    assert [len(split[part]) for part in SPLIT_PARTS] == [10, 6, 4]
+    assert split["fractions"] == [0.5, 0.3, 0.2]
+
+
+def test_each_part_gets_a_patient_whatever_the_fractions(make_cases):
+    split = split_cases(make_cases(ids_of([1] * 10)), 0, (0.02, 0.49, 0.49))
+    assert all(split[part] for part in SPLIT_PARTS)
+
+
+@pytest.mark.parametrize("scans", [[], [3], [2, 5]])
+def test_fewer_than_three_patients_cannot_be_split(make_cases, input_error, scans):
+    with input_error(len(scans), "3"):
+        split_cases(make_cases(ids_of(scans)), 0)
+
+
+def write_split(path: Path, **changes: object) -> Path:
+    """Write a split of five cases, altered by `changes` after it was hashed."""
+    parts = {"train": ["a", "b", "c"], "validation": ["d"], "test": ["e"]}
+    split = {"seed": 0, "fractions": [0.7, 0.15, 0.15], **parts, "sha256": split_sha256(parts)}
+    path.write_text(json.dumps(split | changes))
+    return path
+
+
+def test_a_split_reads_back_as_it_was_made(make_cases, tmp_path):
+    split = split_cases(make_cases(ids_of([2] * 7)), 3)
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    assert read_split(tmp_path / "split.json") == split
+
+
+def test_the_hash_is_of_the_ids_of_the_parts_in_order():
+    parts = {"train": ["a", "b"], "validation": ["c"], "test": ["d"]}
+    assert split_sha256(parts) == hashlib.sha256(b'[["a", "b"], ["c"], ["d"]]').hexdigest()
+    swapped = {"train": ["a", "b"], "validation": ["d"], "test": ["c"]}
+    assert split_sha256(swapped) != split_sha256(parts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": ["a", "b"]},
+        {"train": ["a", "b", "c", "e"]},
+        {"validation": ["e"], "test": ["d"]},
+        {"test": ["f"]},
+        {"sha256": "0" * 64},
+    ],
+)
+def test_an_altered_split_is_refused(tmp_path, input_error, changes):
+    path = write_split(tmp_path / "split.json", **changes)
+    with input_error(path, "SHA-256"):
+        read_split(path)
+
+
+def test_a_case_in_two_parts_is_refused_even_under_a_valid_hash(tmp_path, input_error):
+    parts = {"train": ["a", "b"], "validation": ["b"], "test": ["c"]}
+    path = write_split(tmp_path / "split.json", **parts, sha256=split_sha256(parts))
+    with input_error(path, "more than one part"):
+        read_split(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", b"null", b'{"sha256": "0", "train": []}', b"PK\x03\x04\xff\xfe\x80"],
+    ids=["empty", "cut short", "list", "no keys", "null", "keys missing", "a checkpoint"],
+)
+def test_a_file_that_is_no_split_is_named(tmp_path, input_error, content):
+    path = tmp_path / "split.json"
+    path.write_bytes(content)
+    with input_error(path):
+        read_split(path)
+
+
+def test_a_split_that_does_not_exist_is_named(tmp_path, input_error):
+    with input_error(tmp_path / "split.json"):
+        read_split(tmp_path / "split.json")
+
+
+def test_cases_of_a_part_come_in_the_order_of_the_split(make_cases):
+    cases = make_cases([(name, name) for name in "abcde"])
+    split = {"train": ["d", "a"], "validation": ["e"], "test": ["b"]}
+    assert [case.case_id for case in cases_of_split(cases, split, "train", "data")] == ["d", "a"]
+    assert cases_of_split(cases, split, "test", "data") == [cases[1]]
+
+
+def test_a_case_of_the_split_that_is_not_there_is_named(make_cases, input_error):
+    split = {"train": ["a", "x", "y"], "validation": [], "test": []}
+    with input_error("data/here", "2 train", "x"):
+        cases_of_split(make_cases([("a", "a")]), split, "train", "data/here")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Balance
+# ------------------------------------------------------------------------------------------------------------
+
+
+def prepared(
+    folder: Path, brain_voxels: tuple[int, ...], region_voxels: tuple[tuple[int, ...], ...]
+) -> PreparedCase:
+    return PreparedCase("x", "x", "made", folder, (1.0, 1.0, 1.0), "", brain_voxels, region_voxels)
+
+
+def test_slice_table_by_hand():
+    cases = [
+        prepared(Path(), (0, 63, 64), ((0, 0, 5), (0, 0, 2))),
+        prepared(Path(), (64, 10), ((0, 3), (0, 0))),
+    ]
+    table = slice_table(cases, ("WT", "ET"))
+    assert table.to_dict("list") == {
+        "case": [0, 0, 0, 1, 1],
+        "z": [0, 1, 2, 0, 1],
+        "brain_voxels": [0, 63, 64, 64, 10],
+        "WT": [0, 0, 5, 0, 3],
+        "ET": [0, 0, 2, 0, 0],
+    }
+    # Tumour counts before brain; a slice with fewer than 64 brain voxels is empty.
+    assert slice_kind(table).tolist() == ["empty", "empty", "tumour", "brain", "tumour"]
+
+
+def table_of_kinds(kinds: list[str]) -> pd.DataFrame:
+    """Return a slice table of slices of the given kinds."""
+    return pd.DataFrame(
+        {
+            "case": 0,
+            "z": np.arange(len(kinds)),
+            "brain_voxels": [0 if kind == "empty" else 500 for kind in kinds],
+            "WT": [7 if kind == "tumour" else 0 for kind in kinds],
+            "TC": 0,
+        }
+    )
+
+
+def test_any_region_makes_a_tumour_slice():
+    table = table_of_kinds(["brain", "brain"])
+    table.loc[1, "TC"] = 1
+    assert slice_kind(table).tolist() == ["brain", "tumour"]
+
+
+def test_weights_by_hand():
+    weights = balance_slices(table_of_kinds(["tumour", "brain", "brain", "empty", "brain", "tumour"]))
+    np.testing.assert_allclose(weights, [0.25, 0.16, 0.16, 0.02, 0.16, 0.25])
+
+
+SHARES = {"tumour": 0.5, "brain": 0.48, "empty": 0.02}
+
+
+@given(kinds=st.lists(st.sampled_from(sorted(SHARES)), min_size=1, max_size=60))
+def test_kinds_are_drawn_by_their_shares_and_slices_of_a_kind_alike(kinds):
+    weights = balance_slices(table_of_kinds(kinds))
+    assert weights.shape == (len(kinds),)
+    assert abs(weights.sum() - 1) < 1e-9
+    present = sum(SHARES[kind] for kind in set(kinds))
+    for kind, count in Counter(kinds).items():
+        of_kind = weights[np.array(kinds) == kind]
+        np.testing.assert_allclose(of_kind, SHARES[kind] / present / count)
+
+
+def test_other_shares_are_kept():
+    kinds = ["tumour", "brain", "empty", "empty"]
+    weights = balance_slices(table_of_kinds(kinds), tumour_share=0.8, empty_share=0.0)
+    np.testing.assert_allclose(weights, [0.8, 0.2, 0, 0])
+
+
+def test_slices_that_no_share_allows_are_an_error():
+    with pytest.raises(ValueError, match="empty_share"):
+        balance_slices(table_of_kinds(["empty", "empty"]), tumour_share=0.5, empty_share=0.0)
+
+
+@pytest.mark.parametrize(("tumour_share", "empty_share"), [(0.9, 0.2), (1.5, 0.0), (-0.1, 0.02), (0.5, -0.5)])
+def test_shares_that_are_no_shares_are_an_error(tumour_share, empty_share):
+    with pytest.raises(ValueError, match="share"):
+        balance_slices(table_of_kinds(["tumour", "brain", "empty"]), tumour_share, empty_share)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Slabs and augmentation
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def patterned(tmp_path) -> PreparedCase:
+    """Case of 4 modalities, 5 slices, all equal: an L that no flip keeps, as bright as can be on dark."""
+    pattern = np.zeros((60, 50), bool)
+    pattern[14:40, 15:23] = pattern[32:40, 15:38] = True
+    volume = np.where(pattern, HIGH, LOW).astype(np.float16)
+    np.save(tmp_path / "volume.npy", np.broadcast_to(volume, (4, 5, 60, 50)))
+    np.save(tmp_path / "reference.npy", np.broadcast_to(pattern, (2, 5, 60, 50)))
+    return prepared(tmp_path, (500,) * 5, ((int(pattern.sum()),) * 5,) * 2)
+
+
+@pytest.fixture
+def random_case(tmp_path) -> PreparedCase:
+    """Case of 2 modalities and 2 regions, 6 slices of 40 x 90, of random values."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "random"
+    folder.mkdir()
+    np.save(folder / "volume.npy", generator.uniform(-3, 6, (2, 6, 40, 90)).astype(np.float16))
+    np.save(folder / "reference.npy", generator.random((2, 6, 40, 90)) < 0.3)
+    return prepared(folder, (500,) * 6, ((9,) * 6,) * 2)
+
+
+@pytest.mark.parametrize("size", [32, 80, 96])  # resized, cropped, padded
+def test_without_augmentation_a_slab_is_what_prediction_sees(random_case, size):
+    dataset = SlabDataset([random_case], slice_table([random_case], ("WT", "TC")), 1, size, augment=False)
+    placement = place_slices(40, 90, size)
+    assert len(dataset) == 6
+    for row in (0, 3, 5):
+        slab, target = dataset[row, 1234]
+        assert (slab.dtype, target.dtype) == (torch.float32, torch.float32)
+        assert slab.shape == (6, size, size)
+        expected = fit_slices(gather_slab(random_case.volume, row, 1).astype(np.float32), placement)
+        assert (slab.numpy() == expected).all()
+        expected = fit_slices(random_case.reference[:, row], placement, is_mask=True)
+        assert (target.numpy() == expected).all()
+
+
+def test_the_target_is_that_of_the_middle_slice(tmp_path):
+    volume = np.arange(4, dtype=np.float16).reshape(1, 4, 1, 1) * np.ones((1, 1, 8, 8), np.float16)
+    np.save(tmp_path / "volume.npy", volume)
+    np.save(tmp_path / "reference.npy", volume == 2)
+    case = prepared(tmp_path, (64,) * 4, ((0, 0, 64, 0),))
+    dataset = SlabDataset([case], slice_table([case], ("WT",)), 1, 8, augment=False)
+    assert [dataset[row, 0][1].mean().item() for row in range(4)] == [0, 0, 1, 0]
+    assert dataset[2, 0][0][:, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_what_comes_out_depends_on_the_key_alone(random_case):
+    table = slice_table([random_case], ("WT", "TC"))
+    dataset = SlabDataset([random_case], table, 1, 96)
+    keys = [(2, 11), (2, 12), (4, 11), (0, 99)]
+    first = [dataset[key] for key in keys]
+    other = SlabDataset([random_case], table, 1, 96)
+    np.random.seed(5)  # noqa: NPY002  what another library may do in between
+    again = [other[key] for key in reversed(keys)][::-1]
+    for (slab, target), (slab_again, target_again) in zip(first, again, strict=True):
+        assert torch.equal(slab, slab_again)
+        assert torch.equal(target, target_again)
+    assert not torch.equal(first[0][0], first[1][0])
+
+
+def test_augmentation_moves_all_slices_and_the_target_alike(patterned):
+    dataset = SlabDataset([patterned], slice_table([patterned], ("WT", "TC")), 1, 64)
+    plain = fit_slices(patterned.reference[0, 2], place_slices(60, 50, 64), is_mask=True)
+    moved = 0
+    for seed in range(60):
+        slab, target = (tensor.numpy() for tensor in dataset[2, seed])
+        assert slab.shape == (12, 64, 64)  # more channels than OpenCV warps at once
+        assert set(np.unique(target)) <= {0.0, 1.0}
+        assert (target[0] == target[1]).all()
+        mask = target[0] > 0
+        inside, outside = ndimage.binary_erosion(mask, iterations=2), ~ndimage.binary_dilation(mask, None, 2)
+        assert inside.sum() > 50
+        # Bright and dark stay apart under every change of contrast, so each slice still shows the pattern;
+        # interpolation may blur its edge by two pixels.
+        assert (slab[:, inside] > (LOW + HIGH) / 2).all()
+        assert (slab[:, outside] < (LOW + HIGH) / 2).all()
+        moved += (mask != plain).sum() > 50
+    assert 30 < moved < 60  # most draws change the geometry, some leave it
+
+
+def test_augmentation_changes_intensities_within_their_range(patterned):
+    dataset = SlabDataset([patterned], slice_table([patterned], ("WT", "TC")), 1, 64)
+    slabs = np.stack([dataset[2, seed][0].numpy() for seed in range(40)])
+    assert np.isfinite(slabs).all()
+    assert slabs.min() >= LOW - 1e-5
+    assert slabs.max() <= HIGH + 1e-5
+    spread = slabs.max((1, 2, 3)) - slabs.min((1, 2, 3))
+    assert (spread < 0.99 * (HIGH - LOW)).any()  # contrast
+    differing = np.abs(slabs[:, 0] - slabs[:, 1]).max((1, 2))
+    assert (differing > 0).any()  # noise of its own in each slice
+    assert (differing == 0).any()
+
+
+def test_the_case_on_disk_is_not_changed_by_augmentation(patterned):
+    before = (patterned.folder / "volume.npy").read_bytes()
+    dataset = SlabDataset([patterned], slice_table([patterned], ("WT", "TC")), 1, 64)
+    for seed in range(5):
+        dataset[0, seed]
+    assert (patterned.folder / "volume.npy").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampler and loader
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_sampler_draws_by_weight_and_anew_in_each_epoch():
+    weights = balance_slices(table_of_kinds(["tumour"] * 10 + ["brain"] * 100 + ["empty"] * 50))
+    sampler = BalancedSampler(weights, 20_000, seed=3)
+    assert len(sampler) == 20_000
+    first = list(sampler)
+    assert first == list(sampler)  # the same epoch again
+    rows = np.array(first)[:, 0]
+    for start, stop, share in ((0, 10, 0.5), (10, 110, 0.48), (110, 160, 0.02)):
+        assert abs(((rows >= start) & (rows < stop)).mean() - share) < 0.015  # 4 SD
+    assert len({seed for _, seed in first}) > 19_900  # a slice drawn twice is augmented twice
+    sampler.epoch = 1
+    second = list(sampler)
+    assert second != first
+    assert list(BalancedSampler(weights, 20_000, seed=4)) not in (first, second)
+
+
+def test_the_loader_drops_a_last_short_batch(random_case):
+    dataset = SlabDataset([random_case], slice_table([random_case], ("WT", "TC")), 1, 96, augment=False)
+    sampler = BalancedSampler(np.full(6, 1 / 6), 11, seed=0)
+    loader = make_train_loader(dataset, sampler, 4)
+    keys = list(sampler)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 2
+    assert [tuple(slab.shape) for slab, _ in batches] == [(4, 6, 96, 96)] * 2
+    assert torch.equal(batches[1][0][0], dataset[keys[4]][0])
+    assert torch.equal(batches[1][1][3], dataset[keys[7]][1])
+
+
+LOADER_SCRIPT = '''
+"""Print a SHA-256 of all batches of two epochs for each kind of worker."""
+
+import hashlib
+import json
+import sys
+
+from cases_v2 import find_cases
+from dataset_balance_v2 import BalancedSampler, SlabDataset, balance_slices, make_train_loader, slice_table
+from volumes_v2 import prepare_cases
+
+if __name__ == "__main__":
+    cases = prepare_cases(find_cases(sys.argv[1])[:3], ("flair",), ("WT",), sys.argv[2])
+    table = slice_table(cases, ("WT",))
+    hashes = {}
+    for name, workers, start_method in (("none", 0, None), ("fork", 2, "fork"), ("spawn", 2, "spawn")):
+        sampler = BalancedSampler(balance_slices(table), 20, seed=7)
+        loader = make_train_loader(SlabDataset(cases, table, 1, 48), sampler, 4, workers, start_method)
+        hashes[name] = []
+        for epoch in (0, 1):
+            sampler.epoch = epoch
+            digest = hashlib.sha256()
+            for slab, target in loader:
+                digest.update(slab.numpy().tobytes() + target.numpy().tobytes())
+            hashes[name].append(digest.hexdigest())
+    print(json.dumps(hashes))
+'''
+
+
+def run_python(*arguments: str | Path, timeout_s: int = 120) -> subprocess.CompletedProcess[str]:
+    """Run Python on a script with the repository's modules importable; never hangs."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+def test_batches_are_the_same_whatever_the_workers(phantom_cohort, tmp_path):
+    script = tmp_path / "batches.py"  # spawned workers import the main script: it must be one of its own
+    script.write_text(LOADER_SCRIPT)
+    done = run_python(script, phantom_cohort, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    hashes = json.loads(done.stdout)
+    assert hashes["none"] == hashes["fork"] == hashes["spawn"]
+    assert hashes["none"][0] != hashes["none"][1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command
+# ------------------------------------------------------------------------------------------------------------
+
+
+def count_kinds(cohort: Path) -> dict[str, int]:
+    """Count the slices of each kind from the files; the background of a phantom is 0 and nothing else is."""
+    counts = dict.fromkeys(("tumour", "brain", "empty"), 0)
+    for path in cohort.glob("*/*_seg.nii.gz"):
+        tumour = np.asanyarray(nib.load(path).dataobj).any((0, 1))
+        flair = np.asanyarray(nib.load(str(path).replace("_seg", "_flair")).dataobj)
+        bright = flair > 0.1 * np.percentile(flair[flair > 0], 99.5)
+        brain = bright.sum((0, 1)) >= 64
+        counts["tumour"] += int(tumour.sum())
+        counts["brain"] += int((brain & ~tumour).sum())
+        counts["empty"] += int((~brain & ~tumour).sum())
+    return counts
+
+
+def test_the_command_prints_and_draws_the_balance_before_and_after(phantom_cohort, tmp_path):
+    plot = tmp_path / "out" / "balance.png"
+    command = ("--data-dir", phantom_cohort, "--output", plot, "--cache-dir", tmp_path / "cache")
+    done = run_python(REPOSITORY / "dataset_balance_v2.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert "8 cases of 8 patients, 128 slices" in done.stdout
+    rows = {
+        name: re.search(rf"^{name} +(\d+) +([\d.]+)% +([\d.]+)%$", done.stdout, re.M).groups()
+        for name in ("tumour", "brain", "empty")
+    }
+    counts = count_kinds(phantom_cohort)
+    assert min(counts.values()) > 0
+    assert {name: int(row[0]) for name, row in rows.items()} == counts
+    for name, (_, stored, drawn) in rows.items():
+        assert abs(float(stored) - 100 * counts[name] / 128) < 0.051
+        assert float(drawn) == 100 * SHARES[name]
+    with Image.open(plot) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 300
+
+
+def test_the_plot_shows_what_is_printed(phantom_cohort, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(dataset_balance_v2, "plot_balance", lambda *arguments: drawn.extend(arguments))
+    dataset_balance_v2.main(
+        BalanceConfig(
+            data_dir=str(phantom_cohort), cache_dir=str(tmp_path), tumour_share=0.25, output="x.png"
+        )
+    )
+    before, after, path = drawn
+    counts = count_kinds(phantom_cohort)
+    assert before.to_dict() == {name: count / 128 for name, count in counts.items()}
+    assert after.round(9).to_dict() == {"tumour": 0.25, "brain": 0.73, "empty": 0.02}
+    assert path == Path("x.png")
+
+
+def test_the_command_ends_bad_input_with_one_sentence(tmp_path):
+    done = run_python(REPOSITORY / "dataset_balance_v2.py", "--data-dir", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,522 @@
+"""The network's shapes, parts, ablations and cost, at widths a CPU runs in moments."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model_drunet_v2 import (
+    WIDTHS,
+    AttentionGate,
+    DRUNetV2,
+    ModelConfig,
+    ResidualBlock,
+    SqueezeExcitation,
+    count_flops,
+    count_parameters,
+    main,
+    measure_activation_bytes,
+)
+from utils_v2 import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+NARROW = (4, 8, 16)
+SWITCHES = ("use_se", "use_attention", "dilated", "residual")
+
+
+def make_network(seed: int = 0, **changes: object) -> DRUNetV2:
+    torch.manual_seed(seed)
+    return DRUNetV2(**{"widths": NARROW, **changes})
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shapes
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "num_regions", "widths", "height", "width"),
+    [
+        (3, 1, NARROW, 32, 32),
+        (12, 3, NARROW, 32, 48),
+        (1, 2, NARROW, 4, 4),  # the bottleneck is a single pixel
+        (5, 1, (6, 10), 2, 14),
+        (3, 1, (2, 3, 4, 5, 6), 16, 32),
+        (3, 3, (16, 8, 4), 8, 8),  # widths may fall
+    ],
+)
+def test_output_shape(
+    in_channels: int, num_regions: int, widths: Sequence[int], height: int, width: int
+) -> None:
+    network = make_network(in_channels=in_channels, num_regions=num_regions, widths=widths).eval()
+    with torch.no_grad():
+        logits = network(draw(2, in_channels, height, width))
+    assert logits.shape == (2, num_regions, height, width)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 32), (32, 34), (2, 32), (30, 30)])
+def test_height_or_width_that_does_not_halve_raises(height: int, width: int) -> None:
+    with pytest.raises(ValueError, match="multiples of 4") as caught:
+        make_network()(torch.zeros(1, 3, height, width))
+    assert str((height, width)) in str(caught.value)
+
+
+def test_default_multiple_is_16() -> None:
+    network = make_network(widths=(1, 1, 1, 1, 1)).eval()
+    assert network(torch.zeros(1, 3, 16, 16)).shape == (1, 1, 16, 16)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        network(torch.zeros(1, 3, 24, 16))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 1, 32, 32), (3, 32, 32), (1, 3, 1, 32, 32)])
+def test_slabs_of_another_shape_raise(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\)") as caught:
+        make_network()(torch.zeros(shape))
+    assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("widths", [(), (8,), (8, 0), (8, -4, 16)])
+def test_widths_that_make_no_network_raise(widths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="widths"):
+        DRUNetV2(widths=widths)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parameters
+# ------------------------------------------------------------------------------------------------------------
+
+
+def se_parameters(channels: int) -> int:
+    hidden = max(4, channels // 16)
+    return channels * hidden + hidden + hidden * channels + channels
+
+
+def gate_parameters(skip: int, below: int) -> int:
+    hidden = max(4, skip // 2)
+    return 4 * skip * hidden + below * hidden + hidden + hidden + 1
+
+
+def shortcut_parameters(before: int, width: int) -> int:
+    return before * width + 2 * width if before != width else 0
+
+
+def expected_parameters(in_channels: int, num_regions: int, widths: Sequence[int]) -> dict[str, int]:
+    """Return the parameters of each part, written down from the drawing of the network."""
+    steps = list(zip((in_channels, *widths[:-1]), widths, strict=True))
+    joins = list(zip(widths[1:], widths[:-1], strict=True))  # (below, skip)
+    plain = sum(9 * a * b + 9 * b * b + 4 * b for a, b in steps)
+    plain += sum(below * c + 2 * c * c + 2 * c + 9 * c * c + 2 * c for below, c in joins)
+    plain += widths[0] * num_regions + num_regions
+    return {
+        "plain": plain,
+        "use_se": sum(map(se_parameters, [*widths, *widths[:-1]])),
+        "use_attention": sum(gate_parameters(c, below) for below, c in joins),
+        "dilated": 0,
+        "residual": sum(shortcut_parameters(a, b) for a, b in steps),
+    }
+
+
+def test_parameters_of_the_default_network() -> None:
+    with torch.device("meta"):  # counted without being drawn
+        network = DRUNetV2()
+    assert WIDTHS == (64, 128, 256, 512, 1024)
+    assert count_parameters(network) == 25_344_317
+    assert sum(expected_parameters(3, 1, WIDTHS).values()) == 25_344_317
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "num_regions", "widths"), [(3, 1, NARROW), (12, 3, (80, 96)), (5, 2, (3, 7, 9, 20))]
+)
+def test_parameters_follow_channels_regions_and_widths(
+    in_channels: int, num_regions: int, widths: Sequence[int]
+) -> None:
+    with torch.device("meta"):
+        network = DRUNetV2(in_channels, num_regions, widths)
+    assert count_parameters(network) == sum(expected_parameters(in_channels, num_regions, widths).values())
+
+
+def test_frozen_parameters_are_not_counted() -> None:
+    network = make_network()
+    network.head.requires_grad_(False)
+    assert count_parameters(network) == sum(expected_parameters(3, 1, NARROW).values()) - 5
+
+
+def test_first_prediction_is_that_tumour_is_rare() -> None:
+    network = make_network(num_regions=2).eval()
+    with torch.no_grad():
+        probability = torch.sigmoid(network(draw(2, 3, 32, 32)))
+    assert probability.mean().item() == pytest.approx(0.05, abs=0.02)
+
+
+def test_convolutions_start_with_he_variance() -> None:
+    weight = make_network(widths=(4, 8, 64)).encoder[2].convolutions[3].weight
+    assert weight.shape == (64, 64, 3, 3)
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ablations
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_takes_its_own_parameters_and_no_others(switch: str) -> None:
+    whole, ablated = make_network(), make_network(**{switch: False})
+    parts = expected_parameters(3, 1, NARROW)
+    assert count_parameters(whole) - count_parameters(ablated) == parts[switch]
+    place = {"use_se": ".se.", "use_attention": ".gate.", "dilated": "nothing", "residual": ".shortcut."}
+    kept = {name: shape for name, shape in shapes_of(whole).items() if place[switch] not in name}
+    assert shapes_of(ablated) == kept
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_changes_the_output_and_the_network_still_trains(switch: str) -> None:
+    whole, ablated = make_network(), make_network(**{switch: False})
+    ablated.load_state_dict(whole.state_dict(), strict=False)  # all the weights both have
+    slab = draw(2, 3, 32, 32)
+    with torch.no_grad():
+        difference = (whole.eval()(slab) - ablated.eval()(slab)).abs().max().item()
+    assert difference > 1e-4
+    ablated.train()(slab).square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in ablated.parameters())
+
+
+def test_all_switches_off_leave_a_plain_unet() -> None:
+    network = make_network(**dict.fromkeys(SWITCHES, False))
+    assert count_parameters(network) == expected_parameters(3, 1, NARROW)["plain"]
+    kinds = {type(module) for module in network.modules()}
+    assert not kinds & {SqueezeExcitation, AttentionGate}
+    assert network(draw(2, 3, 8, 8)).shape == (2, 1, 8, 8)
+
+
+def reach_in_pixels(block: nn.Module, channels: int) -> tuple[list[int], list[int]]:
+    """Return the offsets in H and in W of the input pixels that one output pixel's gradient reaches."""
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.constant_(module.weight, 0.1)  # positive throughout: no ReLU cuts a path
+    slab = torch.ones(1, channels, 31, 31, requires_grad=True)
+    block.eval()(slab)[0, :, 15, 15].sum().backward()
+    rows, columns = (slab.grad[0].abs().sum(0) > 0).nonzero(as_tuple=True)
+    return sorted({int(r) - 15 for r in rows}), sorted({int(c) - 15 for c in columns})
+
+
+@pytest.mark.parametrize(("dilated", "radius"), [(True, 3), (False, 2)])
+def test_receptive_field_of_an_encoder_block(dilated: bool, radius: int) -> None:
+    # two 3 x 3 convolutions: 1 + 1 pixels to each side, 1 + 2 where the second is dilated; no gaps
+    network = make_network(use_se=False, dilated=dilated)
+    for level, channels in zip(network.encoder, (3, *NARROW), strict=False):
+        rows, columns = reach_in_pixels(level, channels)
+        assert rows == columns == list(range(-radius, radius + 1))
+
+
+@pytest.mark.parametrize("dilated", [True, False])
+def test_decoder_is_never_dilated(dilated: bool) -> None:
+    network = make_network(use_se=False, dilated=dilated)
+    for level, channels in zip(network.decoder, NARROW[-2::-1], strict=True):
+        assert reach_in_pixels(level.refine, channels) == ([-1, 0, 1], [-1, 0, 1])
+
+
+def test_with_global_pooling_in_se_the_field_is_the_whole_slab() -> None:
+    rows, columns = reach_in_pixels(make_network(dilated=False).encoder[0], 3)
+    assert rows == columns == list(range(-15, 16))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_residual_blocks_pass_their_input_on_where_the_convolutions_are_silent(residual: bool) -> None:
+    block = ResidualBlock(6, 6, (1, 2), use_se=True, residual=residual).eval()
+    for module in block.convolutions:
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.weight)
+    x = draw(2, 6, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), torch.relu(x) if residual else torch.zeros_like(x))
+
+
+def test_residual_block_leaves_its_input_as_it_was() -> None:
+    # its last ReLU works in place, and the input is also a skip
+    x = draw(2, 6, 5, 5)
+    before = x.clone()
+    ResidualBlock(6, 6, (1,), use_se=False, residual=True)(x)
+    assert torch.equal(x, before)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Squeeze-and-excitation, attention gates
+# ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 40), st.integers(0, 1000), st.sampled_from([0.1, 1.0, 30.0]))
+def test_se_scales_each_channel_by_one_weight_in_0_to_1(channels: int, seed: int, size: float) -> None:
+    torch.manual_seed(seed)
+    x = size * (draw(2, channels, 4, 6, seed=seed).abs() + 0.1)
+    with torch.no_grad():
+        ratio = SqueezeExcitation(channels)(x) / x
+    assert (ratio >= 0).all()
+    assert (ratio <= 1).all()
+    torch.testing.assert_close(ratio, ratio[:, :, :1, :1].expand_as(ratio))
+
+
+def test_se_by_hand() -> None:
+    # means (1, 3); squeeze adds them: 4; excite: weight sigmoid(-4 + 4) = 1/2 and sigmoid(4 - 2)
+    se = SqueezeExcitation(2)
+    for parameter in se.parameters():
+        nn.init.zeros_(parameter)
+    se.squeeze.weight.data[0] = 1
+    se.excite.weight.data[:, 0, 0, 0] = torch.tensor([-1.0, 1.0])
+    se.excite.bias.data = torch.tensor([4.0, -2.0])
+    x = torch.tensor([[[[0.0, 2.0]], [[2.0, 4.0]]]])
+    second = 1 / (1 + math.exp(-2))
+    expected = torch.tensor([[[[0.0, 1.0]], [[2 * second, 4 * second]]]])
+    torch.testing.assert_close(se(x), expected)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 1000), st.sampled_from([0.1, 1.0, 30.0]))
+def test_gate_never_enlarges_a_skip_and_weighs_all_channels_alike(
+    channels: int, below_channels: int, seed: int, size: float
+) -> None:
+    torch.manual_seed(seed)
+    skip = size * (draw(2, channels, 8, 6, seed=seed).abs() + 0.1)
+    below = size * draw(2, below_channels, 4, 3, seed=seed + 1)
+    with torch.no_grad():
+        gated = AttentionGate(channels, below_channels)(skip, below)
+    assert gated.shape == skip.shape
+    assert (gated >= 0).all()
+    assert (gated <= skip * (1 + 1e-6)).all()
+    torch.testing.assert_close(gated / skip, (gated / skip)[:, :1].expand_as(skip))
+
+
+def test_gate_judges_by_skip_and_by_below() -> None:
+    torch.manual_seed(0)
+    gate = AttentionGate(4, 8)
+    skip, below = draw(1, 4, 8, 8), draw(1, 8, 4, 4)
+    other_skip, other_below = skip.clone(), below.clone()
+    other_skip[:, :, 0, 0] += 3
+    other_below[:, :, 3, 3] += 3
+    with torch.no_grad():
+        gated = gate(skip, below)
+        # each is told from elsewhere than the changed pixel itself: through the weight
+        assert not torch.equal(gate(other_skip, below)[..., 1, 1], gated[..., 1, 1])
+        assert not torch.equal(gate(skip, other_below)[..., 7, 7], gated[..., 7, 7])
+        # and the judgement is local
+        assert torch.equal(gate(other_skip, below)[..., 7, 7], gated[..., 7, 7])
+
+
+def test_gate_without_opinion_halves_the_skip() -> None:
+    gate = AttentionGate(4, 8)
+    nn.init.zeros_(gate.judge.weight)
+    nn.init.zeros_(gate.judge.bias)
+    skip = draw(1, 4, 8, 8)
+    torch.testing.assert_close(gate(skip, draw(1, 8, 4, 4)), skip / 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Forward and backward
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_slab_is_judged_alone_in_eval_mode() -> None:
+    network = make_network()
+    with torch.no_grad():
+        network(draw(4, 3, 32, 32, seed=9))  # running statistics other than 0 and 1
+        network.eval()
+        slabs = 3 * draw(5, 3, 32, 32)
+        together = network(slabs)
+        for index in range(5):
+            torch.testing.assert_close(network(slabs[[index]])[0], together[index], rtol=1e-4, atol=1e-5)
+        assert (together[0] - together[1]).abs().max() > 1e-3  # slabs that all look alike would prove nothing
+
+
+def test_forward_leaves_the_slab_as_it_was() -> None:
+    slab = draw(2, 3, 16, 16)
+    before = slab.clone()
+    make_network()(slab)
+    assert torch.equal(slab, before)
+
+
+@pytest.mark.parametrize("switch", [None, *SWITCHES])
+def test_gradient_reaches_every_parameter_and_every_input_channel(switch: str | None) -> None:
+    network = make_network(num_regions=2, **({switch: False} if switch else {})).train()
+    slab = draw(4, 3, 32, 32).requires_grad_()
+    network(slab).square().mean().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+    assert slab.grad.abs().sum((0, 2, 3)).min() > 0
+
+
+def test_regions_have_maps_of_their_own() -> None:
+    network = make_network(num_regions=3).eval()
+    with torch.no_grad():
+        logits = network(draw(1, 3, 32, 32))
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert (logits[:, first] - logits[:, second]).abs().max() > 1e-4
+
+
+def test_channels_last_and_bfloat16_autocast_give_the_same_logits() -> None:
+    network, slab = make_network().eval(), draw(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = network(slab)
+        last = network.to(memory_format=torch.channels_last)(slab.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(last, logits, rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(slab)
+    torch.testing.assert_close(rounded.float(), logits, rtol=0.05, atol=0.05)
+
+
+def test_network_learns_to_mark_bright_squares() -> None:
+    network = make_network(in_channels=1).train()
+    slab = 0.1 * draw(4, 1, 16, 16)
+    target = torch.zeros(4, 1, 16, 16)
+    for index in range(4):
+        target[index, 0, 2 + index : 8 + index, 3 : 9 + index] = 1
+    slab = slab + target
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for _ in range(30):
+        loss = nn.functional.binary_cross_entropy_with_logits(network(slab), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 0.1  # 0.45 is what guessing the share of tumour would reach
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cost
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_one_convolution_by_hand() -> None:
+    # per output value 3 * 3 * 3 multiply-adds of 2 operations
+    convolution = nn.Conv2d(3, 8, 3, padding=1)
+    assert count_flops(convolution, (2, 3, 10, 12)) == 2 * (2 * 8 * 10 * 12) * 27
+    assert count_flops(nn.Conv2d(5, 7, 2, stride=2), (1, 5, 8, 8)) == 2 * (7 * 4 * 4) * 20
+
+
+def test_flops_of_the_network_are_those_of_its_convolutions() -> None:
+    network = make_network(in_channels=6, num_regions=3)
+    multiply_adds = 0
+
+    def count(module: nn.Conv2d, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal multiply_adds
+        multiply_adds += output.numel() * module.weight[0].numel()
+
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        network(torch.zeros(2, 6, 16, 24))
+    for hook in hooks:
+        hook.remove()
+    assert count_flops(network, (2, 6, 16, 24)) == 2 * multiply_adds
+    assert count_flops(network, (1, 6, 16, 24)) == multiply_adds
+
+
+def test_activation_bytes_by_hand() -> None:
+    # a convolution keeps its input; the ReLU its output
+    convolution = nn.Conv2d(3, 8, 3, padding=1)
+    assert measure_activation_bytes(convolution, (2, 3, 16, 16)) == 2 * 3 * 16 * 16 * 2
+    assert measure_activation_bytes(convolution, (2, 3, 16, 16), bytes_per_value=4) == 2 * 3 * 16 * 16 * 4
+    both = nn.Sequential(convolution, nn.ReLU())
+    assert measure_activation_bytes(both, (2, 3, 16, 16)) == 2 * (3 + 8) * 16 * 16 * 2
+
+
+def test_activation_bytes_leave_weights_out_and_count_a_storage_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x)
+
+    assert measure_activation_bytes(Twice(), (1, 16, 2, 2)) == 16 * 2 * 2 * 2
+
+
+def test_activation_bytes_grow_linearly_with_the_batch() -> None:
+    network = make_network()
+    two, four, eight = (measure_activation_bytes(network, (n, 3, 32, 32)) for n in (2, 4, 8))
+    assert two > 2 * (3 + 4) * 32 * 32 * 2  # at the least the slabs and one map of the first level
+    assert four == pytest.approx(2 * two, rel=0.02)
+    assert eight - four == pytest.approx(2 * (four - two), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command
+# ------------------------------------------------------------------------------------------------------------
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "model_drunet_v2.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_command_prints_size_and_cost() -> None:
+    done = run_script("--widths", "4", "8", "16", "--size", "32", "--num-regions", "2", "--no-use-se")
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
+    network = make_network(num_regions=2, use_se=False)
+    assert "widths 4-8-16" in done.stdout.splitlines()[0]
+    assert lines["parameters"] == f"{count_parameters(network) / 1e6:.2f} million"
+    assert "(N, 2, 32, 32)" in lines["output"]
+
+
+def test_command_ends_a_bad_size_with_one_sentence() -> None:
+    done = run_script("--widths", "4", "8", "16", "--size", "33")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "--size" in line
+    assert "(33, 33)" in line
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"size": 34},
+        {"size": 0},
+        {"size": -32},
+        {"in_channels": 0},
+        {"in_channels": -1},
+        {"num_regions": 0},
+        {"num_regions": -1},
+        {"widths": (4,)},
+        {"widths": (4, 0)},
+    ],
+)
+def test_settings_that_make_no_network_are_input_errors(bad: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        main(ModelConfig(**{"widths": NARROW, "size": 32, **bad}))
+
+
+def test_report_scales_flops_and_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    main(ModelConfig(widths=(8, 16), size=64))
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    network = make_network(widths=(8, 16))
+    flops = count_flops(network, (1, 3, 64, 64))
+    gib = measure_activation_bytes(network, (16, 3, 64, 64)) / 2**30
+    assert lines["forward"] == f"pass         {flops / 1e9:.1f} GFLOP per slab (a multiply-add is 2)"
+    assert lines["saved"].startswith(f"activations    {gib:.2f} GiB")
