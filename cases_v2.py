@@ -4,6 +4,7 @@ nibabel's (X, Y, Z) exists only in this file. Everywhere else a volume is (C, D,
 W), oriented LPS: D runs to superior, H to posterior, W to the patient's left, as BraTS files have it.
 """
 
+import gzip
 import itertools
 import os
 import re
@@ -17,11 +18,21 @@ import cv2
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
 
 from utils_v2 import PHANTOM_DESCRIPTION, InputError, write_atomically
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 CANONICAL = axcodes2ornt("LPS")
+AFFINE_TOLERANCE_MM = 0.01  # the files of a case may differ by rounding
+NIFTI_ERRORS = (
+    nib.filebasedimages.ImageFileError,
+    HeaderDataError,
+    EOFError,
+    zlib.error,
+    OSError,
+    ValueError,
+)
 SLICES_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # PNG and TIF carry no geometry: 1 mm, LPS, stated as unknown
 
 # Which file values make up each region. TC and ET lie inside WT; a convention without them has binary masks.
@@ -75,6 +86,8 @@ def resolve_brats2021(folder: Path, names: Sequence[str], cohort: str, slice_cha
     files: dict[str, dict[str, Path]] = defaultdict(dict)
     for name in names:
         if match := re.fullmatch(r"(.+)_(flair|t1|t1ce|t2|seg)\.nii(\.gz)?", name):
+            if match[2] in files[match[1]]:
+                raise InputError(f"{folder / name}: is there as .nii and as .nii.gz; remove one of the two.")
             files[match[1]][match[2]] = folder / name
     return [
         Case(
@@ -116,6 +129,10 @@ def resolve_slices(folder: Path, names: Sequence[str], cohort: str, slice_channe
             raise InputError(
                 f"{found[min(unmasked)]}: this slice has no _mask file though others of its case have."
             )
+        if orphans := set(masks[case_id]) - set(numbers):
+            raise InputError(
+                f"{masks[case_id][min(orphans)]}: this mask has no slice; add it or remove the mask."
+            )
         cases.append(
             Case(
                 case_id=case_id,
@@ -149,8 +166,9 @@ def find_cases(
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the folder that holds the cases.")
     cases: list[Case] = []
-    for parent, folders, names in os.walk(root, followlinks=True):
+    for parent, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = sorted(name for name in files if not name.startswith("."))  # what killed writers leave
         for resolve in LAYOUTS.values():
             cases += resolve(Path(parent), names, root.resolve().name, slice_channel)
     if not cases:
@@ -201,7 +219,7 @@ def is_phantom(case: Case) -> bool:
     path = next(iter(case.modalities.values()))[0]
     if case.layout == "slices":
         return False
-    return bytes(read_nifti(path).header["descrip"]).rstrip(b"\0") == PHANTOM_DESCRIPTION.encode()
+    return bytes(read_nifti_header(path).header["descrip"]).rstrip(b"\0") == PHANTOM_DESCRIPTION.encode()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -209,30 +227,44 @@ def is_phantom(case: Case) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_nifti(path: Path) -> nib.Nifti1Image:
-    """Open a NIfTI file (its voxels are read later); raises InputError where it is missing or no NIfTI."""
+def read_nifti_header(path: Path) -> nib.Nifti1Image:
+    """Open a NIfTI file for its header and affine; raises InputError where it is missing or no NIfTI."""
     try:
         return nib.load(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
-    except (nib.filebasedimages.ImageFileError, EOFError, zlib.error, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable NIfTI file ({error}); download it again.") from error
+    except NIFTI_ERRORS as error:
+        raise InputError(
+            f"{path}: not a readable NIfTI file ({one_line(error)}); download it again."
+        ) from error
 
 
 def read_nifti_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return (array (D, H, W), affine (4, 4) of its canonical X, Y, Z), whatever the file's orientation."""
-    image = read_nifti(path)
+    """Return (array (D, H, W), affine (4, 4) of its canonical X, Y, Z), whatever the file's orientation.
+
+    A .gz file is read to its end, so that its checksum is verified.
+    """
+    is_nifti2 = isinstance(read_nifti_header(path), nib.Nifti2Image)
     try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        image = (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
         array = np.asanyarray(image.dataobj)
-    except (EOFError, zlib.error, OSError, ValueError) as error:
-        raise InputError(f"{path}: truncated or damaged ({error}); download it again.") from error
+        turn = ornt_transform(io_orientation(image.affine), CANONICAL)
+    except NIFTI_ERRORS as error:
+        raise InputError(f"{path}: truncated or damaged ({one_line(error)}); download it again.") from error
+    if np.isnan(turn).any():
+        raise InputError(f"{path}: its affine leaves an axis without direction; repair the header.")
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
-    if array.ndim != 3:
-        raise InputError(f"{path}: has shape {array.shape}; one volume of three axes is needed.")
-    turn = ornt_transform(io_orientation(image.affine), CANONICAL)
+    if array.ndim != 3 or array.dtype.fields:
+        raise InputError(f"{path}: has shape {array.shape} of {array.dtype}; one grey volume is needed.")
     affine = image.affine @ inv_ornt_aff(turn, array.shape)
     return apply_orientation(array, turn).transpose(2, 1, 0), affine
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's text on one line."""
+    return " ".join(str(error).split())
 
 
 def read_slices(paths: Sequence[Path], channel: int) -> np.ndarray:
@@ -252,14 +284,15 @@ def read_slices(paths: Sequence[Path], channel: int) -> np.ndarray:
     return np.stack(slices)
 
 
-def read_labels(case: Case) -> np.ndarray:
+def read_labels(case: Case, affine: np.ndarray) -> np.ndarray:
     """Return a case's reference labels (D, H, W) uint8; raises InputError on an unknown value."""
     if case.layout == "slices":
         labels = read_slices(case.mask, case.slice_channel)
         values = np.unique(labels)
         labels = np.where(labels == 255, 1, labels) if values[-1] == 255 else labels
     else:
-        labels, _ = read_nifti_volume(case.mask[0])
+        labels, mask_affine = read_nifti_volume(case.mask[0])
+        check_affine(case.mask[0], mask_affine, affine)
     known = {0, *LABEL_CONVENTIONS[case.convention]["WT"]}
     if unknown := sorted({float(value) for value in np.unique(labels)} - known):
         raise InputError(
@@ -267,6 +300,14 @@ def read_labels(case: Case) -> np.ndarray:
             f"hold {sorted(known)}{' or 255' if case.layout == 'slices' else ''} only."
         )
     return labels.astype(np.uint8)
+
+
+def check_affine(path: Path, affine: np.ndarray, expected: np.ndarray) -> None:
+    """Raise InputError where a file lies elsewhere in space than the first file of its case."""
+    if not np.allclose(affine, expected, atol=AFFINE_TOLERANCE_MM):
+        raise InputError(
+            f"{path}: its affine differs from that of the case's first modality; register the files."
+        )
 
 
 def _file_with_value(case: Case, value: float) -> Path:
@@ -287,7 +328,9 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
         if case.layout == "slices":
             array = read_slices(paths, case.slice_channel)
         else:
-            array, affine = read_nifti_volume(paths[0])
+            array, own_affine = read_nifti_volume(paths[0])
+            affine = affine if volumes else own_affine
+            check_affine(paths[0], own_affine, affine)
         if volumes and array.shape != volumes[0].shape:
             raise InputError(
                 f"{paths[0]}: has shape {array.shape}, the case's {modalities[0]} {volumes[0].shape}."
@@ -295,7 +338,7 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
         if not np.isfinite(array).all():
             raise InputError(f"{paths[0]}: holds NaN or infinite values; repair it or leave the case out.")
         volumes.append(array.astype(np.float32))
-    labels = read_labels(case) if case.mask else None
+    labels = read_labels(case, affine) if case.mask else None
     if labels is not None and labels.shape != volumes[0].shape:
         raise InputError(
             f"{case.mask[0]}: the mask has shape {labels.shape}, the {modalities[0]} {volumes[0].shape}."
@@ -345,7 +388,7 @@ def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
                 folder / f"{path.stem}_mask.png", lambda target, b=binary: _write_picture(target, b)
             )
         return folder
-    image = read_nifti(paths[0])
+    image = read_nifti_header(paths[0])
     back = ornt_transform(CANONICAL, io_orientation(image.affine))
     array = apply_orientation(labels.transpose(2, 1, 0), back).astype(np.uint8)
     header = image.header.copy()

@@ -81,8 +81,9 @@ def split_cases(
             f"{len(patients)} patient(s) cannot be split into train, validation and test; 3 are needed."
         )
     order = np.random.default_rng(seed).permutation(len(patients))
-    counts = [max(1, round(fraction * len(patients))) for fraction in fractions[1:]]
-    edges = [0, counts[0], sum(counts), len(patients)]
+    validation = max(1, min(round(fractions[1] * len(patients)), len(patients) - 2))
+    test = max(1, min(round(fractions[2] * len(patients)), len(patients) - validation - 1))
+    edges = [0, validation, validation + test, len(patients)]
     part_of = {}
     for part, start, stop in zip(("validation", "test", "train"), edges, edges[1:], strict=False):
         part_of |= {patients[index]: part for index in order[start:stop]}
@@ -106,7 +107,7 @@ def read_split(path: str | Path) -> dict[str, Any]:
     try:
         split = json.loads(path.read_text())
         intact = split["sha256"] == split_sha256(split)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a split file ({error}); give the split.json of a run.") from error
     if not intact:
         raise InputError(
@@ -161,6 +162,11 @@ def balance_slices(table: pd.DataFrame, tumour_share: float = 0.5, empty_share: 
     tumour; slices of one kind are equally likely. A kind with no slice leaves its share to the others in
     proportion.
     """
+    if min(tumour_share, empty_share) < 0 or tumour_share + empty_share > 1:
+        raise InputError(
+            f"--tumour-share {tumour_share} and --empty-share {empty_share} must be 0 or more and 1 at most "
+            f"together."
+        )
     kind = slice_kind(table)
     shares = {"tumour": tumour_share, "empty": empty_share, "brain": 1 - tumour_share - empty_share}
     weights = np.zeros(len(table))

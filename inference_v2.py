@@ -95,7 +95,7 @@ def load_weights(network: nn.Module, checkpoint: dict[str, Any], path: str | Pat
     except RuntimeError as error:
         widths = "-".join(map(str, checkpoint["config"]["widths"]))
         raise InputError(
-            f"{path}: the weights do not fit widths {widths}; take the settings the run was trained with."
+            f"{path}: the weights do not fit the network of its settings, widths {widths}; take another copy."
         ) from error
 
 
@@ -148,7 +148,7 @@ def threshold_regions(
     probabilities: np.ndarray, thresholds: Sequence[float], regions: Sequence[str]
 ) -> np.ndarray:
     """Return masks (R, D, H, W) bool: probability at or above the threshold, ET inside TC inside WT."""
-    masks = probabilities >= np.reshape(thresholds, (-1, 1, 1, 1))
+    masks = probabilities >= np.reshape(np.asarray(thresholds, probabilities.dtype), (-1, 1, 1, 1))
     nested = [list(regions).index(region) for region in ("WT", "TC", "ET") if region in regions]
     for outer, inner in itertools.pairwise(nested):
         masks[inner] &= masks[outer]
@@ -193,6 +193,11 @@ def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path
             cases += cases_of_files([Path(name)], model.modalities)
         else:
             cases += find_cases(name, model.modalities, config.slice_channel)
+    ids = [case.case_id for case in cases]
+    if twice := [case_id for case_id in ids if ids.count(case_id) > 1]:
+        raise InputError(
+            f"--input: case {twice[0]} is there twice and would be written over; segment them apart."
+        )
     return cases
 
 

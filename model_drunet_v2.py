@@ -145,6 +145,8 @@ class DRUNetV2(nn.Module):
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths {tuple(widths)}: at least two positive filter counts are needed")
+        if in_channels < 1 or num_regions < 1:
+            raise ValueError(f"in_channels {in_channels} and num_regions {num_regions} must be positive")
         self.in_channels = in_channels
         self.multiple = 2 ** (len(widths) - 1)
         dilations = (1, 2) if dilated else (1, 1)
@@ -253,6 +255,8 @@ class ModelConfig:
 
 def main(config: ModelConfig) -> None:
     """Print the network's size and cost."""
+    if config.size < 1:
+        raise InputError(f"--size {config.size} must be positive.")
     parts = (config.use_se, config.use_attention, config.dilated, config.residual)
     try:
         model = DRUNetV2(config.in_channels, config.num_regions, config.widths, *parts)

@@ -234,7 +234,8 @@ def hd95(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[flo
     for distance, area in surface_distances_mm(reference, prediction, spacing_mm):
         order = np.argsort(distance, kind="stable")
         share = np.cumsum(area[order])
-        position = min(int(np.searchsorted(share / share[-1], 0.95)), len(order) - 1)
+        # the sum's rounding must not decide where exactly 95 % are reached
+        position = int(np.searchsorted(share / share[-1], 0.95 - 1e-9))
         percentiles.append(float(distance[order][position]))
     return max(percentiles)
 
@@ -304,7 +305,7 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
     for field in dataclasses.fields(config_class):
         flag = "--" + field.name.replace("_", "-")
         kind = hints[field.name]
-        if isinstance(kind, types.UnionType):  # X | None
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
         settings: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
         if kind is bool:
@@ -499,7 +500,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically; `content` holds tensors and plain values, its network under "model"."""
-    content = {"format": CHECKPOINT_FORMAT, "weights_sha256": weights_sha256(content["model"]), **content}
+    content = {**content, "format": CHECKPOINT_FORMAT, "weights_sha256": weights_sha256(content["model"])}
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
@@ -514,7 +515,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); use a best.pt of a run."
         ) from error
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+    is_ours = isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
+    if not is_ours or not {"model", "weights_sha256"} <= content.keys():
         raise InputError(f"{path}: not a DRUnet V2 checkpoint; use the best.pt or last.pt of a run.")
     if weights_sha256(content["model"]) != content["weights_sha256"]:
         raise InputError(

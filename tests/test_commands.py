@@ -246,41 +246,52 @@ def test_ctrl_c_ends_with_one_sentence_and_leaves_a_run_to_resume(tmp_path, phan
     assert load_checkpoint(last)["epoch"] == epoch + 1
 
 
-def write_bad_cohorts(folder, cohort):
-    """Write one cohort a defect and return {defect: (folder, words its complaint must hold)}."""
-    cases = sorted(path for path in cohort.iterdir() if path.is_dir())[:3]
+def drop_flair(case):
+    (case / f"{case.name}_flair.nii.gz").unlink()
 
-    def copy(name):
-        for case in cases:
-            shutil.copytree(case, folder / name / case.name)
-        first = cases[0].name
-        return folder / name, folder / name / first, first
 
-    (folder / "empty").mkdir()
-    bad = {"no folder": (folder / "nowhere", "nowhere"), "no cases": (folder / "empty", "empty")}
-    root, case, name = copy("no_flair")
-    (case / f"{name}_flair.nii.gz").unlink()
-    bad["no FLAIR"] = (root, name)
-    root, case, name = copy("shape")
-    seg = nib.load(cohort / name / f"{name}_seg.nii.gz")
-    nib.save(nib.Nifti1Image(np.asarray(seg.dataobj)[:, :, :-1], seg.affine), case / f"{name}_seg.nii.gz")
-    bad["mask of another shape"] = (root, f"{name}_seg.nii.gz")
-    root, case, name = copy("label")
+def cut_mask(case):
+    path = case / f"{case.name}_seg.nii.gz"
+    seg = nib.load(path)
+    labels = np.asarray(seg.dataobj)[:, :, :-1]
+    nib.save(nib.Nifti1Image(labels, seg.affine), path)
+
+
+def add_label(case):
+    path = case / f"{case.name}_seg.nii.gz"
+    seg = nib.load(path)
     labels = np.asarray(seg.dataobj).copy()
     labels[0, 0, 0] = 7
-    nib.save(nib.Nifti1Image(labels, seg.affine), case / f"{name}_seg.nii.gz")
-    bad["unknown label"] = (root, f"{name}_seg.nii.gz")
-    root, case, name = copy("truncated")
-    path = case / f"{name}_flair.nii.gz"
+    nib.save(nib.Nifti1Image(labels, seg.affine), path)
+
+
+def truncate_flair(case):
+    path = case / f"{case.name}_flair.nii.gz"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    bad["truncated"] = (root, f"{name}_flair.nii.gz")
-    return bad
 
 
-def test_bad_data_ends_in_one_sentence_that_names_the_culprit(tmp_path, phantom_cohort):
-    for defect, (folder, culprit) in write_bad_cohorts(tmp_path, phantom_cohort).items():
-        done = run("train_drunet_v2.py", "--data-dir", folder, *TINY, "--epochs", 1, cwd=tmp_path, expect=2)
-        assert culprit in complaint(done), defect
+@pytest.mark.parametrize(
+    ("spoil", "culprit"),
+    [
+        (drop_flair, "BraTS2021_"),
+        (cut_mask, "_seg.nii.gz"),
+        (add_label, "_seg.nii.gz"),
+        (truncate_flair, "_flair.nii.gz"),
+    ],
+)
+def test_bad_case_ends_in_one_sentence_that_names_it(tmp_path, phantom_cohort, spoil, culprit):
+    for case in sorted(phantom_cohort.iterdir())[:3]:
+        shutil.copytree(case, tmp_path / "bad" / case.name)
+        spoil(tmp_path / "bad" / case.name)
+    done = run("train_drunet_v2.py", "--data-dir", "bad", *TINY, "--epochs", 1, cwd=tmp_path, expect=2)
+    assert culprit in complaint(done)
+
+
+def test_folder_that_is_missing_or_empty_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        done = run("train_drunet_v2.py", "--data-dir", name, *TINY, cwd=tmp_path, expect=2)
+        assert name in complaint(done)
 
 
 def test_bad_flags_end_in_one_sentence_that_names_the_flag(trained, phantom_cohort):

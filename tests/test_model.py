@@ -167,9 +167,9 @@ def test_first_prediction_is_that_tumour_is_rare() -> None:
 
 
 def test_convolutions_start_with_he_variance() -> None:
-    weight = make_network(widths=(4, 8, 64)).encoder[2].convolutions[3].weight
-    assert weight.shape == (64, 64, 3, 3)
-    assert weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.03)
+    weight = make_network(widths=(4, 8, 64)).encoder[2].convolutions[0].weight
+    assert weight.shape == (64, 8, 3, 3)
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.05)  # over the outputs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -361,6 +361,14 @@ def test_gradient_reaches_every_parameter_and_every_input_channel(switch: str | 
     silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
     assert slab.grad.abs().sum((0, 2, 3)).min() > 0
+
+
+def test_gradient_reaches_the_encoder_through_the_skips() -> None:
+    network = make_network(use_attention=False)
+    nn.init.zeros_(network.decoder[-1].narrow.weight)  # nothing comes up from below
+    network(draw(2, 3, 16, 16)).square().mean().backward()
+    assert network.encoder[0].convolutions[0].weight.grad.any()
+    assert not network.encoder[1].convolutions[0].weight.grad.any()
 
 
 def test_regions_have_maps_of_their_own() -> None:

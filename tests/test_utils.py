@@ -8,9 +8,11 @@ import math
 import os
 import pickle
 import random
+import resource
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -351,6 +353,16 @@ def test_peak_memory_is_in_gib() -> None:
     held = np.ones(2**25)  # 256 MiB, touched
     peak = peak_memory_gb(torch.device("cpu"))
     assert held.nbytes / 2**30 < peak < 64
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_knows_the_unit_of_each_system(
+    platform: str, unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = types.SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda _who: usage)
+    assert peak_memory_gb(torch.device("cpu")) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------
