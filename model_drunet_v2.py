@@ -30,8 +30,15 @@ def conv3x3(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Conv2d
     return nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False)
 
 
+def add_weighted(base: Tensor | None, x: Tensor, weight: Tensor | None) -> Tensor:
+    """Return base + weight * x in one pass over memory; None stands for a base of 0 or a weight of 1."""
+    if base is None:
+        return x if weight is None else x * weight
+    return base + x if weight is None else torch.addcmul(base, x, weight)
+
+
 class SqueezeExcitation(nn.Module):
-    """Scale each channel by a weight in 0..1 computed from the means of all channels; x (N, C, H, W)."""
+    """Judge each channel by the means of all: x (N, C, H, W) -> weights in 0..1 (N, C, 1, 1)."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -40,9 +47,9 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x with its channels scaled."""
-        weight = F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))  # (N, C/16, 1, 1)
-        return x * torch.sigmoid(self.excite(weight))  # (N, C, H, W)
+        """Return the weights x is to be multiplied by."""
+        hidden = F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))  # (N, C/16, 1, 1)
+        return torch.sigmoid(self.excite(hidden))  # (N, C, 1, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -61,7 +68,7 @@ class ResidualBlock(nn.Module):
             layers += [conv3x3(in_channels if index == 0 else out_channels, out_channels, dilation)]
             layers += [nn.BatchNorm2d(out_channels)]
         self.convolutions = nn.Sequential(*layers)
-        self.se = SqueezeExcitation(out_channels) if use_se else nn.Identity()
+        self.se = SqueezeExcitation(out_channels) if use_se else None
         self.shortcut: nn.Module | None = None
         if residual and in_channels == out_channels:
             self.shortcut = nn.Identity()
@@ -72,17 +79,17 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output after its last ReLU."""
-        y = self.se(self.convolutions(x))  # (N, out, H, W)
-        if self.shortcut is not None:
-            y = y + self.shortcut(x)  # (N, out, H, W)
-        return F.relu(y, inplace=True)
+        y = self.convolutions(x)  # (N, out, H, W)
+        weight = self.se(y) if self.se is not None else None  # (N, out, 1, 1)
+        base = self.shortcut(x) if self.shortcut is not None else None  # (N, out, H, W)
+        return F.relu(add_weighted(base, y, weight), inplace=True)
 
 
 class AttentionGate(nn.Module):
-    """Weigh each pixel of a skip by 0..1, judged from the skip and the coarser decoder features below it.
+    """Judge each pixel of a skip from the skip and the coarser decoder features below it.
 
-    skip (N, C, H, W), below (N, G, H/2, W/2) -> (N, C, H, W). The judgement is made at the coarse resolution,
-    where it costs a quarter, and upsampled.
+    skip (N, C, H, W), below (N, G, H/2, W/2) -> weights in 0..1 (N, 1, H, W). The judgement is made at the
+    coarse resolution, where it costs a quarter, and upsampled.
     """
 
     def __init__(self, skip_channels: int, below_channels: int) -> None:
@@ -93,16 +100,19 @@ class AttentionGate(nn.Module):
         self.judge = nn.Conv2d(hidden, 1, 1)
 
     def forward(self, skip: Tensor, below: Tensor) -> Tensor:
-        """Return the gated skip."""
+        """Return the weights the skip is to be multiplied by."""
         joint = F.relu(self.from_skip(skip) + self.from_below(below))  # (N, C/2, H/2, W/2)
         weight = torch.sigmoid(self.judge(joint))  # (N, 1, H/2, W/2)
-        return skip * F.interpolate(weight, scale_factor=2.0, mode="bilinear")  # (N, C, H, W)
+        return F.interpolate(weight, scale_factor=2.0, mode="bilinear")  # (N, 1, H, W)
 
 
 class DecoderLevel(nn.Module):
-    """Bring the features below to the skip's size and width, join them with the gated skip, refine.
+    """Join the features below with the gated skip and refine them.
 
-    below (N, 2C, H/2, W/2), skip (N, C, H, W) -> (N, C, H, W).
+    below (N, 2C, H/2, W/2), skip (N, C, H, W) -> (N, C, H, W). The usual join is a 1 x 1 convolution of the
+    upsampled and the gated map, concatenated. Here it is a sum of two, each moved to where it is cheap: a 1 x
+    1 convolution commutes with bilinear upsampling, so it runs at the coarse resolution, and with the gate's
+    weight per pixel, so gating and adding are one pass.
     """
 
     def __init__(
@@ -110,18 +120,17 @@ class DecoderLevel(nn.Module):
     ) -> None:
         super().__init__()
         self.gate = AttentionGate(channels, below_channels) if use_attention else None
-        self.narrow = nn.Conv2d(below_channels, channels, 1, bias=False)
-        self.join = nn.Sequential(
-            nn.Conv2d(2 * channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
-        )
+        self.from_below = nn.Conv2d(below_channels, channels, 1, bias=False)
+        self.from_skip = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
         self.refine = ResidualBlock(channels, channels, (1,), use_se, residual)
 
     def forward(self, below: Tensor, skip: Tensor) -> Tensor:
         """Return the level's output."""
-        up = F.interpolate(self.narrow(below), scale_factor=2.0, mode="bilinear")  # (N, C, H, W)
-        if self.gate is not None:
-            skip = self.gate(skip, below)  # (N, C, H, W)
-        return self.refine(self.join(torch.cat((up, skip), 1)))  # (N, C, H, W)
+        up = F.interpolate(self.from_below(below), scale_factor=2.0, mode="bilinear")  # (N, C, H, W)
+        weight = self.gate(skip, below) if self.gate is not None else None  # (N, 1, H, W)
+        x = add_weighted(up, self.from_skip(skip), weight)  # (N, C, H, W)
+        return self.refine(F.relu(self.norm(x), inplace=True))  # (N, C, H, W)
 
 
 class DRUNetV2(nn.Module):

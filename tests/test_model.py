@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model_drunet_v2 import (
     WIDTHS,
     AttentionGate,
+    DecoderLevel,
     DRUNetV2,
     ModelConfig,
     ResidualBlock,
@@ -123,7 +124,7 @@ def expected_parameters(in_channels: int, num_regions: int, widths: Sequence[int
     steps = list(zip((in_channels, *widths[:-1]), widths, strict=True))
     joins = list(zip(widths[1:], widths[:-1], strict=True))  # (below, skip)
     plain = sum(9 * a * b + 9 * b * b + 4 * b for a, b in steps)
-    plain += sum(below * c + 2 * c * c + 2 * c + 9 * c * c + 2 * c for below, c in joins)
+    plain += sum(below * c + c * c + 2 * c + 9 * c * c + 2 * c for below, c in joins)
     plain += widths[0] * num_regions + num_regions
     return {
         "plain": plain,
@@ -138,8 +139,8 @@ def test_parameters_of_the_default_network() -> None:
     with torch.device("meta"):  # counted without being drawn
         network = DRUNetV2()
     assert WIDTHS == (64, 128, 256, 512, 1024)
-    assert count_parameters(network) == 25_344_317
-    assert sum(expected_parameters(3, 1, WIDTHS).values()) == 25_344_317
+    assert count_parameters(network) == 24_996_157
+    assert sum(expected_parameters(3, 1, WIDTHS).values()) == 24_996_157
 
 
 @pytest.mark.parametrize(
@@ -269,10 +270,10 @@ def test_se_scales_each_channel_by_one_weight_in_0_to_1(channels: int, seed: int
     torch.manual_seed(seed)
     x = size * (draw(2, channels, 4, 6, seed=seed).abs() + 0.1)
     with torch.no_grad():
-        ratio = SqueezeExcitation(channels)(x) / x
+        ratio = SqueezeExcitation(channels)(x)
     assert (ratio >= 0).all()
     assert (ratio <= 1).all()
-    torch.testing.assert_close(ratio, ratio[:, :, :1, :1].expand_as(ratio))
+    assert ratio.shape == (2, channels, 1, 1)
 
 
 def test_se_by_hand() -> None:
@@ -285,24 +286,20 @@ def test_se_by_hand() -> None:
     se.excite.bias.data = torch.tensor([4.0, -2.0])
     x = torch.tensor([[[[0.0, 2.0]], [[2.0, 4.0]]]])
     second = 1 / (1 + math.exp(-2))
-    expected = torch.tensor([[[[0.0, 1.0]], [[2 * second, 4 * second]]]])
-    torch.testing.assert_close(se(x), expected)
+    torch.testing.assert_close(se(x), torch.tensor([[[[0.5]], [[second]]]]))
 
 
 @settings(max_examples=25)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 1000), st.sampled_from([0.1, 1.0, 30.0]))
-def test_gate_never_enlarges_a_skip_and_weighs_all_channels_alike(
-    channels: int, below_channels: int, seed: int, size: float
-) -> None:
+def test_gate_weighs_each_pixel_by_0_to_1(channels: int, below_channels: int, seed: int, size: float) -> None:
     torch.manual_seed(seed)
     skip = size * (draw(2, channels, 8, 6, seed=seed).abs() + 0.1)
     below = size * draw(2, below_channels, 4, 3, seed=seed + 1)
     with torch.no_grad():
-        gated = AttentionGate(channels, below_channels)(skip, below)
-    assert gated.shape == skip.shape
-    assert (gated >= 0).all()
-    assert (gated <= skip * (1 + 1e-6)).all()
-    torch.testing.assert_close(gated / skip, (gated / skip)[:, :1].expand_as(skip))
+        weight = AttentionGate(channels, below_channels)(skip, below)
+    assert weight.shape == (2, 1, 8, 6)
+    assert (weight >= 0).all()
+    assert (weight <= 1).all()
 
 
 def test_gate_judges_by_skip_and_by_below() -> None:
@@ -321,12 +318,25 @@ def test_gate_judges_by_skip_and_by_below() -> None:
         assert torch.equal(gate(other_skip, below)[..., 7, 7], gated[..., 7, 7])
 
 
-def test_gate_without_opinion_halves_the_skip() -> None:
+def test_gate_without_opinion_says_one_half() -> None:
     gate = AttentionGate(4, 8)
     nn.init.zeros_(gate.judge.weight)
     nn.init.zeros_(gate.judge.bias)
     skip = draw(1, 4, 8, 8)
-    torch.testing.assert_close(gate(skip, draw(1, 8, 4, 4)), skip / 2)
+    torch.testing.assert_close(gate(skip, draw(1, 8, 4, 4)), torch.full((1, 1, 8, 8), 0.5))
+
+
+@pytest.mark.parametrize("use_attention", [True, False])
+def test_decoder_join_is_the_convolution_of_the_concatenated_maps(use_attention: bool) -> None:
+    torch.manual_seed(0)
+    level = DecoderLevel(8, 4, use_attention, use_se=True, residual=True).eval()
+    below, skip = draw(2, 8, 6, 5), draw(2, 4, 12, 10)
+    with torch.no_grad():
+        gated = skip * level.gate(skip, below) if use_attention else skip
+        up = nn.functional.interpolate(below, scale_factor=2.0, mode="bilinear")
+        weight = torch.cat((level.from_below.weight, level.from_skip.weight), 1)
+        joined = nn.functional.conv2d(torch.cat((up, gated), 1), weight)
+        torch.testing.assert_close(level(below, skip), level.refine(torch.relu(level.norm(joined))))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -365,7 +375,7 @@ def test_gradient_reaches_every_parameter_and_every_input_channel(switch: str | 
 
 def test_gradient_reaches_the_encoder_through_the_skips() -> None:
     network = make_network(use_attention=False)
-    nn.init.zeros_(network.decoder[-1].narrow.weight)  # nothing comes up from below
+    nn.init.zeros_(network.decoder[-1].from_below.weight)  # nothing comes up from below
     network(draw(2, 3, 16, 16)).square().mean().backward()
     assert network.encoder[0].convolutions[0].weight.grad.any()
     assert not network.encoder[1].convolutions[0].weight.grad.any()
