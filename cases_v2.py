@@ -1,17 +1,13 @@
-"""From disk to cases and volumes, and back: layouts, label conventions, orientation, reading and writing.
+"""From a case's files to volumes and labels, and back: label conventions, orientation, reading and writing.
 
 nibabel's (X, Y, Z) exists only in this file. Everywhere else a volume is (C, D, H, W) and labels are (D, H,
 W), oriented LPS: D runs to superior, H to posterior, W to the patient's left, as BraTS files have it.
 """
 
 import gzip
-import itertools
-import os
-import re
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -37,11 +33,23 @@ SLICES_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # PNG and TIF carry no geometry
 
 # Which file values make up each region. TC and ET lie inside WT; a convention without them has binary masks.
 LABEL_CONVENTIONS: dict[str, dict[str, tuple[int, ...]]] = {
-    "brats": {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)},
+    "brats": {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)},  # 1 necrotic core, 2 edema, 4 enhancing
+    "brats2023": {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)},
+    "brats2024": {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)},
+    "msd": {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)},  # 1 edema, 2 non-enhancing core
     "binary": {"WT": (1,)},
 }
-# Written back from the largest region to the smallest, so that each reads as BraTS means it.
-OUTPUT_LABELS = {"WT": 2, "TC": 1, "ET": 4}
+NO_REGION = {"brats2024": (4,)}  # known values that belong to no region: the resection cavity
+# Written back from the largest region to the smallest, so that each reads as its convention means it.
+OUTPUT_LABELS = {
+    "brats": {"WT": 2, "TC": 1, "ET": 4},
+    "brats2023": {"WT": 2, "TC": 1, "ET": 3},
+    "brats2024": {"WT": 2, "TC": 1, "ET": 3},
+    "msd": {"WT": 1, "TC": 2, "ET": 3},
+    "binary": {"WT": 1, "TC": 1, "ET": 1},
+}
+LABEL_TOLERANCE = 1e-3  # float masks may miss an integer by so much
+INT16_SEAM = 2**14  # int16 files with voxels beyond it on both sides have wrapped around
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,13 @@ class Case:
     case_id: str
     patient_id: str
     cohort: str
-    layout: str  # a key of LAYOUTS
+    layout: str  # a key of layouts_v2.LAYOUTS
     convention: str  # a key of LABEL_CONVENTIONS
     modalities: dict[str, tuple[Path, ...]]  # one NIfTI file, or the slices from first to last
     mask: tuple[Path, ...]  # empty where there is no reference
     slice_channel: int = 1  # which channel of RGB slices is FLAIR
+    volume_index: Mapping[str, int] = field(default_factory=dict)  # per modality, in files of four axes
+    aliases: tuple[str, ...] = ()  # other ids of this scan or patient, by a mapping sheet
 
 
 @dataclass(frozen=True)
@@ -66,142 +76,6 @@ class LoadedCase:
     labels: np.ndarray | None  # (D, H, W) uint8, values of the case's label convention
     affine: np.ndarray  # (4, 4), canonical voxel (X, Y, Z) to mm
     spacing_mm: tuple[float, float, float]  # (D, H, W)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Finding cases
-# ------------------------------------------------------------------------------------------------------------
-
-
-def patient_of(case_id: str) -> str:
-    """Return the patient a case id names: TCGA ids without the date, BraTS-GLI ids without the timepoint."""
-    for pattern in (r"(TCGA_\w{2}_\w{4})_\d{8}", r"(BraTS-GLI-\d{5})-\d{3}"):
-        if match := re.fullmatch(pattern, case_id):
-            return match[1]
-    return case_id
-
-
-def resolve_brats2021(folder: Path, names: Sequence[str], cohort: str, slice_channel: int) -> list[Case]:  # noqa: ARG001
-    """Return the cases whose `<case>_<modality>.nii[.gz]` files lie in this folder."""
-    files: dict[str, dict[str, Path]] = defaultdict(dict)
-    for name in names:
-        if match := re.fullmatch(r"(.+)_(flair|t1|t1ce|t2|seg)\.nii(\.gz)?", name):
-            if match[2] in files[match[1]]:
-                raise InputError(f"{folder / name}: is there as .nii and as .nii.gz; remove one of the two.")
-            files[match[1]][match[2]] = folder / name
-    return [
-        Case(
-            case_id=case_id,
-            patient_id=patient_of(case_id),
-            cohort=cohort,
-            layout="brats2021",
-            convention="brats",
-            modalities={name: (found[name],) for name in MODALITIES if name in found},
-            mask=(found["seg"],) if "seg" in found else (),
-        )
-        for case_id, found in sorted(files.items())
-    ]
-
-
-def resolve_slices(folder: Path, names: Sequence[str], cohort: str, slice_channel: int) -> list[Case]:
-    """Return the cases whose `<case>_<z>.png|tif` slices lie in this folder, z sorted as a number.
-
-    Grey slices are FLAIR. Of RGB slices the chosen channel is FLAIR (kaggle_3m: 0 = T1, 1 = FLAIR, 2 = T1ce).
-    """
-    slices: dict[str, dict[int, Path]] = defaultdict(dict)
-    masks: dict[str, dict[int, Path]] = defaultdict(dict)
-    for name in names:
-        if match := re.fullmatch(r"(.+)_(\d+)(_mask)?\.(png|tiff?)", name, re.IGNORECASE):
-            chosen = masks if match[3] else slices
-            if int(match[2]) in chosen[match[1]]:
-                raise InputError(
-                    f"{folder / name}: slice {int(match[2])} is there twice; remove one of the two files."
-                )
-            chosen[match[1]][int(match[2])] = folder / name
-    cases = []
-    for case_id, found in sorted(slices.items()):
-        numbers = sorted(found)
-        if missing := set(range(numbers[0], numbers[-1])) - set(numbers):
-            raise InputError(
-                f"{folder}: slice {min(missing)} of {case_id} is missing; neighbours must be adjacent."
-            )
-        if masks[case_id] and (unmasked := set(numbers) - set(masks[case_id])):
-            raise InputError(
-                f"{found[min(unmasked)]}: this slice has no _mask file though others of its case have."
-            )
-        if orphans := set(masks[case_id]) - set(numbers):
-            raise InputError(
-                f"{masks[case_id][min(orphans)]}: this mask has no slice; add it or remove the mask."
-            )
-        cases.append(
-            Case(
-                case_id=case_id,
-                patient_id=patient_of(case_id),
-                cohort=cohort,
-                layout="slices",
-                convention="binary",
-                modalities={"flair": tuple(found[z] for z in numbers)},
-                mask=tuple(masks[case_id][z] for z in numbers) if masks[case_id] else (),
-                slice_channel=slice_channel,
-            )
-        )
-    return cases
-
-
-LAYOUTS: dict[str, Callable[[Path, Sequence[str], str, int], list[Case]]] = {
-    "brats2021": resolve_brats2021,
-    "slices": resolve_slices,
-}
-
-
-def find_cases(
-    data_dir: str | Path, modalities: Sequence[str] = ("flair",), slice_channel: int = 1
-) -> list[Case]:
-    """Return every case below a folder, sorted by id; layouts are told by the file names (LAYOUTS).
-
-    `modalities` are the ones each case must have. Raises InputError where the folder is missing or holds no
-    case, a case lacks a modality, or an id occurs twice.
-    """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give the folder that holds the cases.")
-    cases: list[Case] = []
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = sorted(name for name in files if not name.startswith("."))  # what killed writers leave
-        for resolve in LAYOUTS.values():
-            cases += resolve(Path(parent), names, root.resolve().name, slice_channel)
-    if not cases:
-        raise InputError(
-            f"{root}: no case found; expected <case>_flair.nii.gz (BraTS 2021) or <case>_<z>.png|tif."
-        )
-    cases.sort(key=lambda case: case.case_id)
-    for case, following in itertools.pairwise(cases):
-        if case.case_id == following.case_id:
-            raise InputError(f"{root}: case {case.case_id} is there twice; remove or rename one of the two.")
-    for case in cases:
-        if missing := [name for name in modalities if name not in case.modalities]:
-            folder = next(iter((*case.modalities.values(), case.mask)))[0].parent
-            raise InputError(
-                f"{folder}: case {case.case_id} has no {missing[0]} file; add it or leave the case out."
-            )
-    return cases
-
-
-def cases_of_files(paths: Sequence[Path], modalities: Sequence[str]) -> list[Case]:
-    """Return one case a NIfTI file, for a network of one modality; the file's name is the case's id."""
-    if len(modalities) != 1:
-        raise InputError(
-            f"{paths[0]}: the network needs {', '.join(modalities)}; give the case's folder, not one file."
-        )
-    cases = []
-    for path in paths:
-        if not path.name.endswith((".nii", ".nii.gz")):
-            raise InputError(f"{path}: not a .nii or .nii.gz file; give PNG and TIF cases as folders.")
-        case_id = re.sub(rf"(_{modalities[0]})?\.nii(\.gz)?$", "", path.name)
-        case = Case(case_id, patient_of(case_id), "files", "brats2021", "brats", {modalities[0]: (path,)}, ())
-        cases.append(case)
-    return cases
 
 
 def with_reference(cases: Sequence[Case], data_dir: str | Path) -> list[Case]:
@@ -239,27 +113,82 @@ def read_nifti_header(path: Path) -> nib.Nifti1Image:
         ) from error
 
 
-def read_nifti_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return (array (D, H, W), affine (4, 4) of its canonical X, Y, Z), whatever the file's orientation.
+def decode_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return (array (X, Y, Z) or (X, Y, Z, V), affine (4, 4)) as they lie in the file.
 
-    A .gz file is read to its end, so that its checksum is verified.
+    A .gz file is read to its end, so that its checksum is verified. Intensities of int16 files that wrapped
+    around at 32767 are put right.
     """
     is_nifti2 = isinstance(read_nifti_header(path), nib.Nifti2Image)
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         image = (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
         array = np.asanyarray(image.dataobj)
-        turn = ornt_transform(io_orientation(image.affine), CANONICAL)
+    except NIFTI_ERRORS as error:
+        raise InputError(f"{path}: truncated or damaged ({one_line(error)}); download it again.") from error
+    return unwrap_int16(array), image.affine
+
+
+def unwrap_int16(array: np.ndarray) -> np.ndarray:
+    """Return an array whose intensities past 32767 were stored as negative ones with those restored.
+
+    MRI magnitudes are not negative and interpolation undershoots by little, so int16 voxels below -16384
+    beside others above 16384 are such; the brightest tissue would be the darkest. Where they are a tenth of
+    the file they are its background. Other arrays come back as they are, slight negatives and voxels cut off
+    at 32767 included: median and quartiles do not mind them.
+    """
+    if array.dtype.newbyteorder("=") != np.int16 or array.size == 0 or array.max() <= INT16_SEAM:
+        return array
+    wrapped = array < -INT16_SEAM
+    if not 0 < wrapped.mean() < 0.1:
+        return array
+    return np.where(wrapped, array.astype(np.int32) + 2**16, array)
+
+
+def orient_volume(
+    path: Path, array: np.ndarray, affine: np.ndarray, index: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (array (D, H, W), affine (4, 4) of its canonical X, Y, Z) of what `decode_nifti` read.
+
+    `index` chooses a volume of a file of four axes; None takes files of one volume only.
+    """
+    try:
+        turn = ornt_transform(io_orientation(affine), CANONICAL)
     except NIFTI_ERRORS as error:
         raise InputError(f"{path}: truncated or damaged ({one_line(error)}); download it again.") from error
     if np.isnan(turn).any():
         raise InputError(f"{path}: its affine leaves an axis without direction; repair the header.")
-    if array.ndim == 4 and array.shape[3] == 1:
+    if index is not None:
+        if array.ndim != 4 or index >= array.shape[3]:
+            raise InputError(f"{path}: has shape {array.shape}; an MSD file holds FLAIR, T1, T1ce and T2.")
+        array = array[..., index]
+    elif array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     if array.ndim != 3 or array.dtype.fields:
         raise InputError(f"{path}: has shape {array.shape} of {array.dtype}; one grey volume is needed.")
-    affine = image.affine @ inv_ornt_aff(turn, array.shape)
-    return apply_orientation(array, turn).transpose(2, 1, 0), affine
+    canonical_affine = affine @ inv_ornt_aff(turn, array.shape)
+    return apply_orientation(array, turn).transpose(2, 1, 0), canonical_affine
+
+
+def read_nifti_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return (array (D, H, W), affine (4, 4) of its canonical X, Y, Z), whatever the file's orientation."""
+    return orient_volume(path, *decode_nifti(path))
+
+
+def read_modality(
+    case: Case, name: str, decoded: dict[Path, tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (array (D, H, W) of the file's own type, canonical affine (4, 4)) of one modality.
+
+    `decoded` keeps what `decode_nifti` read for the case's next modality: the four of MSD share one file.
+    """
+    paths = case.modalities[name]
+    if case.layout == "slices":
+        return read_slices(paths, case.slice_channel), SLICES_AFFINE
+    if paths[0] not in decoded:
+        decoded.clear()
+        decoded[paths[0]] = decode_nifti(paths[0])
+    return orient_volume(paths[0], *decoded[paths[0]], case.volume_index.get(name))
 
 
 def one_line(error: Exception) -> str:
@@ -284,22 +213,36 @@ def read_slices(paths: Sequence[Path], channel: int) -> np.ndarray:
     return np.stack(slices)
 
 
-def read_labels(case: Case, affine: np.ndarray) -> np.ndarray:
-    """Return a case's reference labels (D, H, W) uint8; raises InputError on an unknown value."""
+def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Return (reference labels (D, H, W) uint8, their canonical affine (4, 4)) of a case with a mask.
+
+    Raises InputError on a value the case's convention does not have; float masks may miss it by 1e-3.
+    """
     if case.layout == "slices":
-        labels = read_slices(case.mask, case.slice_channel)
+        labels, affine = read_slices(case.mask, case.slice_channel), SLICES_AFFINE
         values = np.unique(labels)
         labels = np.where(labels == 255, 1, labels) if values[-1] == 255 else labels
     else:
-        labels, mask_affine = read_nifti_volume(case.mask[0])
-        check_affine(case.mask[0], mask_affine, affine)
-    known = {0, *LABEL_CONVENTIONS[case.convention]["WT"]}
+        labels, affine = read_nifti_volume(case.mask[0])
+        labels = round_labels(labels)
+    known = {0, *LABEL_CONVENTIONS[case.convention]["WT"], *NO_REGION.get(case.convention, ())}
     if unknown := sorted({float(value) for value in np.unique(labels)} - known):
+        hint = ""
+        if case.convention == "brats2023" and unknown == [4.0]:
+            hint = "; where 4 is the resection cavity, pass --layout brats2024"
         raise InputError(
             f"{_file_with_value(case, unknown[0])}: unknown label {unknown[0]:g}; {case.convention} masks "
-            f"hold {sorted(known)}{' or 255' if case.layout == 'slices' else ''} only."
+            f"hold {sorted(known)}{' or 255' if case.layout == 'slices' else ''} only{hint}."
         )
-    return labels.astype(np.uint8)
+    return labels.astype(np.uint8), affine
+
+
+def round_labels(labels: np.ndarray) -> np.ndarray:
+    """Return float labels with those within 1e-3 of an integer rounded to it and the others as they are."""
+    if labels.dtype.kind in "iub":
+        return labels
+    rounded = np.rint(labels)
+    return np.where(np.abs(labels - rounded) <= LABEL_TOLERANCE, rounded, labels)
 
 
 def check_affine(path: Path, affine: np.ndarray, expected: np.ndarray) -> None:
@@ -323,22 +266,23 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
     The spacing of PNG and TIF slices is unknown and stated as 1 mm.
     """
     volumes, affine = [], SLICES_AFFINE
+    decoded: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
     for name in modalities:
-        paths = case.modalities[name]
-        if case.layout == "slices":
-            array = read_slices(paths, case.slice_channel)
-        else:
-            array, own_affine = read_nifti_volume(paths[0])
-            affine = affine if volumes else own_affine
-            check_affine(paths[0], own_affine, affine)
+        path = case.modalities[name][0]
+        array, own_affine = read_modality(case, name, decoded)
+        affine = affine if volumes else own_affine
+        check_affine(path, own_affine, affine)
         if volumes and array.shape != volumes[0].shape:
             raise InputError(
-                f"{paths[0]}: has shape {array.shape}, the case's {modalities[0]} {volumes[0].shape}."
+                f"{path}: has shape {array.shape}, the case's {modalities[0]} {volumes[0].shape}."
             )
         if not np.isfinite(array).all():
-            raise InputError(f"{paths[0]}: holds NaN or infinite values; repair it or leave the case out.")
+            raise InputError(f"{path}: holds NaN or infinite values; repair it or leave the case out.")
         volumes.append(array.astype(np.float32))
-    labels = read_labels(case, affine) if case.mask else None
+    labels = None
+    if case.mask:
+        labels, mask_affine = read_labels(case)
+        check_affine(case.mask[0], mask_affine, affine)
     if labels is not None and labels.shape != volumes[0].shape:
         raise InputError(
             f"{case.mask[0]}: the mask has shape {labels.shape}, the {modalities[0]} {volumes[0].shape}."
@@ -360,14 +304,14 @@ def regions_from_labels(labels: np.ndarray, convention: str, regions: Sequence[s
 # ------------------------------------------------------------------------------------------------------------
 
 
-def labels_from_regions(masks: np.ndarray, regions: Sequence[str]) -> np.ndarray:
-    """Return BraTS labels (D, H, W) uint8 of region masks (R, D, H, W).
+def labels_from_regions(masks: np.ndarray, regions: Sequence[str], convention: str = "brats") -> np.ndarray:
+    """Return labels (D, H, W) uint8 of region masks (R, D, H, W), in the values of a label convention.
 
-    ET becomes 4, the rest of TC 1, the rest of WT 2; a network of WT alone says nothing of the core and
-    writes 2.
+    In BraTS 2021's ET becomes 4, the rest of TC 1, the rest of WT 2; a network of WT alone says nothing of
+    the core and writes 2.
     """
     labels = np.zeros(masks.shape[1:], np.uint8)
-    for region, value in OUTPUT_LABELS.items():
+    for region, value in OUTPUT_LABELS[convention].items():
         if region in regions:
             labels[masks[list(regions).index(region)]] = value
     return labels
@@ -376,8 +320,9 @@ def labels_from_regions(masks: np.ndarray, regions: Sequence[str]) -> np.ndarray
 def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
     """Write predicted labels (D, H, W) beside a case's geometry and return the path.
 
-    NIfTI cases: `<case>_seg.nii.gz`, uint8, in the orientation, affine and header of the case's first
-    modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`, 0 and 255.
+    NIfTI cases: `<case>_seg.nii.gz` (`<case>-seg.nii.gz` from BraTS 2023 on), uint8, in the orientation,
+    affine and header of the case's first modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`,
+    0 and 255.
     """
     paths = next(iter(case.modalities.values()))
     if case.layout == "slices":
@@ -394,7 +339,8 @@ def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
     header = image.header.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"], header["cal_max"] = 0, 0  # the input's display window does not fit labels
-    output = output_dir / f"{case.case_id}_seg.nii.gz"
+    joint = "-" if case.layout in ("brats2023", "brats2024") else "_"
+    output = output_dir / f"{case.case_id}{joint}seg.nii.gz"
     write_atomically(output, lambda target: nib.save(type(image)(array, image.affine, header), target))
     return output
 

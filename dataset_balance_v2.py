@@ -1,8 +1,10 @@
 """From cases to balanced, augmented training slabs: split by patient, slice balance, augmentation, loaders.
 
-Run as a command it prints the slice balance of a data set before and after weighting and draws it:
+Run as a command it prints the slice balance of a data set before and after weighting and draws it, or checks
+every file of it:
 
     python dataset_balance_v2.py --data-dir data/BraTS2021
+    python dataset_balance_v2.py --data-dir data/BraTS2021 --check
 """
 
 import hashlib
@@ -26,7 +28,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cases_v2 import Case, find_cases, with_reference
+from cases_v2 import Case, with_reference
+from check_v2 import check_cohort, summarise_problems, write_problems
+from layouts_v2 import LayoutName, describe_cases, find_cases
 from plots_v2 import plot_balance
 from utils_v2 import InputError, option, run_command
 from volumes_v2 import (
@@ -318,17 +322,39 @@ class BalanceConfig:
     )
     modalities: tuple[str, ...] = option(("flair",), "modalities to read")
     regions: tuple[str, ...] = option(("WT",), "tumour regions: WT, TC, ET")
+    layout: LayoutName = option("auto", "layout of the cases; auto tells it by what is there")
+    mapping: str | None = option(None, "CSV sheet of ids, beside the mapping sheets found with the cases")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
+    check: bool = option(
+        False, "read every file of the cohort instead, list what is wrong, end with 1 on errors"
+    )
+    check_csv: str = option("results/check.csv", "table that --check writes")
     tumour_share: float = option(0.5, "share of draws that show tumour")
     empty_share: float = option(0.02, "share of draws that show no brain")
     cache_dir: str = option("cache", "folder of decoded volumes")
     output: str = option("results/balance.png", "plot to write")
 
 
+def check_data(config: BalanceConfig, data_dir: str) -> None:
+    """Check every file of a cohort, print and write what is wrong; exit code 1 on errors."""
+    where = (config.slice_channel, config.layout, config.mapping)
+    cases, problems = check_cohort(data_dir, config.modalities, *where)
+    write_problems(Path(config.check_csv), problems)
+    print("\n".join([*describe_cases(cases), *summarise_problems(cases, problems)]))
+    print(f"table: {config.check_csv}")
+    if any(problem.severity == "error" for problem in problems):
+        sys.exit(1)
+
+
 def main(config: BalanceConfig) -> None:
-    """Print the slice balance of a data set before and after weighting, and draw it."""
+    """Print the slice balance of a data set before and after weighting, and draw it; or check it."""
     data_dir = choose_data_dir(config.data_dir)
-    cases = with_reference(find_cases(data_dir, config.modalities, config.slice_channel), data_dir)
+    if config.check:
+        check_data(config, data_dir)
+        return
+    found = find_cases(data_dir, config.modalities, config.slice_channel, config.layout, config.mapping)
+    print("\n".join(describe_cases(found)))
+    cases = with_reference(found, data_dir)
     prepared = prepare_cases(cases, config.modalities, config.regions, config.cache_dir)
     table = slice_table(prepared, config.regions)
     weights = balance_slices(table, config.tumour_share, config.empty_share)

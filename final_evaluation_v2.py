@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cases_v2 import Case, find_cases, with_reference
+from cases_v2 import Case, with_reference
 from dataset_balance_v2 import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
+from layouts_v2 import LayoutName, describe_cases, find_cases
 from plots_v2 import (
     plot_curves,
     plot_dice_against_volume,
@@ -71,6 +72,10 @@ class EvaluationConfig:
         False, "audit test cases that were in training or validation too, and mark the output"
     )
     cache_dir: str = option("cache", "folder of decoded volumes")
+    layout: LayoutName = option("auto", "layout of --external-dir; the run's own cases keep that of the run")
+    mapping: str | None = option(
+        None, "CSV sheet of ids of --external-dir, beside those found with the cases"
+    )
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     batch_size: int = option(16, "slabs a forward pass")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
@@ -304,7 +309,8 @@ def gather_cohorts(
     """Return the prepared cases of each cohort: validation, internal and, where there is one, external."""
     settings = model.checkpoint["config"]
     data_dir = config.data_dir or settings["data_dir"]
-    found = with_reference(find_cases(data_dir, model.modalities, config.slice_channel), data_dir)
+    own = (settings.get("layout", "auto"), settings.get("mapping"))
+    found = with_reference(find_cases(data_dir, model.modalities, config.slice_channel, *own), data_dir)
     chosen: dict[str, list[Case]] = {
         "validation": cases_of_split(found, split, "validation", data_dir),
         "internal": cases_of_split(found, split, "test", data_dir),
@@ -314,7 +320,10 @@ def gather_cohorts(
     if external_dir is None and model.checkpoint["data_kind"] == "phantom" and demo_external.is_dir():
         external_dir = str(demo_external)
     if external_dir is not None:
-        external = find_cases(external_dir, model.modalities, config.slice_channel)
+        external = find_cases(
+            external_dir, model.modalities, config.slice_channel, config.layout, config.mapping
+        )
+        print("\n".join(f"external: {line}" for line in describe_cases(external)))
         chosen["external"] = with_reference(external, external_dir)
     print(f"auditing {run}: " + ", ".join(f"{len(cases)} {cohort} cases" for cohort, cases in chosen.items()))
     return {

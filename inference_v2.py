@@ -2,8 +2,8 @@
 
     python inference_v2.py --checkpoint results/RUN/best.pt --input CASE_FOLDER [MORE ...]
 
-Writes one NIfTI mask a case (BraTS labels, the input's affine and header; PNG masks for PNG cases), an
-overlay picture a case, and `volumes.csv`. Masks are for research, not for clinical use.
+Writes one NIfTI mask a case (labels as in the case's layout, its affine and header; PNG masks for PNG cases),
+an overlay picture a case, and `volumes.csv`. Masks are for research, not for clinical use.
 """
 
 import itertools
@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from cases_v2 import Case, cases_of_files, find_cases, labels_from_regions, load_case, save_labels
+from cases_v2 import Case, labels_from_regions, load_case, save_labels
 from dataset_balance_v2 import cases_of_split, read_split
+from layouts_v2 import LayoutName, cases_of_files, describe_cases, find_cases
 from model_drunet_v2 import DRUNetV2
 from plots_v2 import plot_overlay
 from utils_v2 import (
@@ -174,6 +175,7 @@ class InferenceConfig:
         None, "probability from which a voxel is tumour; default: the checkpoint's"
     )
     batch_size: int = option(16, "slabs a forward pass")
+    layout: LayoutName = option("auto", "layout of the cases; auto tells it by what is there")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
     amp: bool = option(True, "mixed precision where the device has it")
@@ -183,16 +185,18 @@ class InferenceConfig:
 def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path) -> list[Case]:
     """Return the cases to segment: those named, or the held-out test cases of the checkpoint's run."""
     if not config.input:
-        data_dir = model.checkpoint["config"]["data_dir"]
+        settings = model.checkpoint["config"]
+        data_dir = settings["data_dir"]
         print(f"no --input: segmenting the held-out test cases of {data_dir}")
-        cases = find_cases(data_dir, model.modalities, config.slice_channel)
+        layout = settings.get("layout", "auto") if config.layout == "auto" else config.layout
+        cases = find_cases(data_dir, model.modalities, config.slice_channel, layout)
         return cases_of_split(cases, read_split(checkpoint.parent / "split.json"), "test", data_dir)
     cases: list[Case] = []
     for name in config.input:
         if Path(name).is_file():
             cases += cases_of_files([Path(name)], model.modalities)
         else:
-            cases += find_cases(name, model.modalities, config.slice_channel)
+            cases += find_cases(name, model.modalities, config.slice_channel, config.layout)
     ids = [case.case_id for case in cases]
     if twice := [case_id for case_id in ids if ids.count(case_id) > 1]:
         raise InputError(
@@ -209,12 +213,14 @@ def main(config: InferenceConfig) -> None:
     thresholds = model.thresholds if config.threshold is None else (config.threshold,) * len(model.regions)
     output = Path(config.output)
     rows = []
-    for case in tqdm(choose_inputs(config, model, checkpoint), desc="segmenting", unit="case"):
+    cases = choose_inputs(config, model, checkpoint)
+    print("\n".join(describe_cases(cases)))
+    for case in tqdm(cases, desc="segmenting", unit="case"):
         loaded = load_case(case, model.modalities)
         volume, brain_voxels = normalise_volume(loaded.volume)
         probabilities = predict_volume(model, volume, brain_voxels, config.tta, config.batch_size)
         masks = threshold_regions(probabilities, thresholds, model.regions)
-        written = save_labels(labels_from_regions(masks, model.regions), case, output)
+        written = save_labels(labels_from_regions(masks, model.regions, case.convention), case, output)
         overlay = output / f"{case.case_id}_overlay.png"
         plot_overlay(overlay, case.case_id, loaded.volume[0], masks, model.regions, loaded.spacing_mm)
         voxel_ml = float(np.prod(loaded.spacing_mm)) / 1000

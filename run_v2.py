@@ -12,7 +12,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from cases_v2 import Case
+from check_v2 import Problem, check_cohort, has_error
 from dataset_balance_v2 import DEMO_DATA, choose_data_dir, read_split, split_cases
+from layouts_v2 import LayoutName, find_cases
 from model_drunet_v2 import WIDTHS
 from plots_v2 import plot_curves
 from utils_v2 import InputError, load_checkpoint, option, write_atomically, write_json
@@ -32,6 +34,9 @@ class TrainConfig:
     )
     split: str | None = option(None, "split.json of another run to use instead of drawing a split")
     cache_dir: str = option("cache", "folder of decoded volumes")
+    layout: LayoutName = option("auto", "layout of the cases; auto tells it by what is there")
+    mapping: str | None = option(None, "CSV sheet of ids, beside the mapping sheets found with the cases")
+    skip_bad: bool = option(False, "check every case first and leave out those with errors; see skipped.csv")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     modalities: tuple[str, ...] = option(("flair",), "modalities, in channel order: flair, t1, t1ce, t2")
     regions: tuple[str, ...] = option(("WT",), "tumour regions, one sigmoid each: WT, TC, ET")
@@ -117,6 +122,19 @@ def resume_config(config: TrainConfig) -> TrainConfig:
     }
     place = {"results_dir": str(folder.parent), "run": folder.name}
     return dataclasses.replace(saved, **{"max_minutes": config.max_minutes, **kept, **place})
+
+
+def choose_cases(config: TrainConfig) -> tuple[list[Case], list[Problem]]:
+    """Return the cases of --data-dir and, with --skip-bad, the errors of those left out for them."""
+    where = (config.data_dir, config.modalities, config.slice_channel, config.layout, config.mapping)
+    if not config.skip_bad:
+        return find_cases(*where), []
+    cases, problems = check_cohort(*where, every_file=False)
+    bad = has_error(problems)
+    kept = [case for case in cases if case.case_id not in bad]
+    if not kept:
+        raise InputError(f"{config.data_dir}: all {len(cases)} cases have errors; look at them with --check.")
+    return kept, [problem for problem in problems if problem.severity == "error"]
 
 
 def choose_split(config: TrainConfig, cases: Sequence[Case], folder: Path) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cases_v2 import Case, find_cases, is_phantom, with_reference
+from cases_v2 import Case, is_phantom, with_reference
+from check_v2 import write_problems
 from dataset_balance_v2 import (
     BalancedSampler,
     SlabDataset,
@@ -31,8 +32,9 @@ from dataset_balance_v2 import (
     slice_table,
 )
 from inference_v2 import TrainedModel, build_network, load_weights, predict_volume
+from layouts_v2 import describe_cases
 from model_drunet_v2 import count_parameters
-from run_v2 import Clock, Log, TrainConfig, choose_split, prepare_config
+from run_v2 import Clock, Log, TrainConfig, choose_cases, choose_split, prepare_config
 from utils_v2 import (
     THRESHOLDS,
     HybridFocalDiceLoss,
@@ -362,7 +364,7 @@ def main(config: TrainConfig) -> None:
     device = choose_device(config.device)
     dtype = amp_dtype(device, config.amp)
     state = make_state(config, device, dtype)
-    found = find_cases(config.data_dir, config.modalities, config.slice_channel)
+    found, skipped = choose_cases(config)
     cases = with_reference(found, config.data_dir)
     folder = Path(config.results_dir) / config.run
     folder.mkdir(parents=True, exist_ok=True)
@@ -373,8 +375,18 @@ def main(config: TrainConfig) -> None:
     if config.resume:
         state.restore(load_checkpoint(folder / "last.pt"), folder / "last.pt")
         log.rows = log.rows[: state.epoch]
+    for line in describe_cases(found):
+        log.say(line)
+    for problem in skipped:
+        log.say(f"left out: {problem.case or '-'}  {problem.file}: {problem.problem}")
+    if config.skip_bad:
+        write_problems(folder / "skipped.csv", skipped)
+    left_out = sorted({problem.case or problem.file for problem in skipped})
     made = {"command": command_line(), "hardware": describe_machine(device), "versions": describe_versions()}
-    write_json(folder / "config.json", {**dataclasses.asdict(config), "data_kind": data_kind, **made})
+    write_json(
+        folder / "config.json",
+        {**dataclasses.asdict(config), "data_kind": data_kind, "skipped": left_out, **made},
+    )
 
     loader, validation_cases = prepare_training(run, cases)
     minutes_before = state.minutes

@@ -177,7 +177,9 @@ class PreparedCase:
 def _cache_key(case: Case, modalities: Sequence[str], regions: Sequence[str]) -> str:
     files = [path for name in modalities for path in case.modalities[name]] + list(case.mask)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    content = json.dumps([CACHE_VERSION, list(modalities), list(regions), case.slice_channel, stats])
+    content = json.dumps(
+        [CACHE_VERSION, list(modalities), list(regions), case.slice_channel, case.convention, stats]
+    )
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 

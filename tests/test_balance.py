@@ -411,8 +411,8 @@ import hashlib
 import json
 import sys
 
-from cases_v2 import find_cases
 from dataset_balance_v2 import BalancedSampler, SlabDataset, balance_slices, make_train_loader, slice_table
+from layouts_v2 import find_cases
 from volumes_v2 import prepare_cases
 
 if __name__ == "__main__":

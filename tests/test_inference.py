@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cases_v2 import find_cases
 from dataset_balance_v2 import split_cases
 from inference_v2 import (
     VIEWS,
@@ -24,6 +23,7 @@ from inference_v2 import (
     predict_volume,
     threshold_regions,
 )
+from layouts_v2 import find_cases
 from utils_v2 import THRESHOLDS, save_checkpoint, write_json
 
 CPU = torch.device("cpu")

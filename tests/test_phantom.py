@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import make_phantom_v2
-from cases_v2 import find_cases, is_phantom, load_case
+from cases_v2 import is_phantom, load_case
+from layouts_v2 import find_cases
 from make_phantom_v2 import MODALITIES, PhantomConfig, make_phantom, write_cohort
 from utils_v2 import PHANTOM_DESCRIPTION, InputError, run_command
 

@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cases_v2 import (
-    MODALITIES,
-    cases_of_files,
-    find_cases,
-    is_phantom,
-    load_case,
-    regions_from_labels,
-    save_labels,
-)
+from cases_v2 import MODALITIES, is_phantom, load_case, regions_from_labels, save_labels
+from layouts_v2 import cases_of_files, find_cases
 from utils_v2 import InputError
 from volumes_v2 import brain_mask, normalise_volume
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 import volumes_v2
-from cases_v2 import Case, find_cases, load_case, regions_from_labels
+from cases_v2 import Case, load_case, regions_from_labels
+from layouts_v2 import find_cases
 from volumes_v2 import (
     BRAIN_SLICE_VOXELS,
     Z_RANGE,
