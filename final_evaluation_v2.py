@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cases_v2 import Case, find_cases, with_reference
 from dataset_balance_v2 import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
-from leakage_v2 import find_leakage, identify_cases, unpack_identities
+from leakage_v2 import find_leakage, identify_cases, identity_of_ids, unpack_identities
 from plots_v2 import (
     plot_curves,
     plot_dice_against_volume,
@@ -99,6 +99,11 @@ def list_leakage(
     if known is None:
         print("the checkpoint holds no fingerprints; reading those of the training cases from the data")
         known = identify_cases([*chosen["train"], *chosen["validation"]], model.modalities, config.cache_dir)
+        names = {one.case_id for one in known}
+        gone = [entry for entry in model.checkpoint["seen"] if entry[0] not in names]
+        known += [identity_of_ids(case_id, patient_id) for case_id, patient_id, *_ in gone]
+        if gone:
+            print(f"{len(gone)} training case(s), first {gone[0][0]}, are not there and known by id alone")
     tables = []
     for cohort in cohorts:
         if cohort == "validation":

@@ -171,6 +171,11 @@ def make_identity(case: Case, content: Mapping[str, str]) -> Identity:
     )
 
 
+def identity_of_ids(case_id: str, patient_id: str) -> Identity:
+    """Return the identity of a case of which nothing but its ids is known."""
+    return Identity(case_id, patient_id, (), "", "", np.zeros((GRID,) * 3, np.int8))
+
+
 def fingerprint_modality(modalities: Sequence[str]) -> str:
     """Return the modality that fingerprints are made of: FLAIR, or the first where there is none."""
     return "flair" if "flair" in modalities else modalities[0]
@@ -345,6 +350,5 @@ def find_held_out(own: Sequence[Identity], held: Sequence[Identity]) -> pd.DataF
 
 def find_siblings(others: Sequence[Identity], found: Sequence[Identity]) -> pd.DataFrame:
     """Return the rows of `find_leakage` of the cases that share a patient or an alias with those found."""
-    blank = np.zeros((GRID,) * 3, np.int8)
-    nameless = [replace(one, image_sha256="", mask_sha256="", thumbnail=blank) for one in found]
-    return find_leakage("held out", others, nameless)
+    ids = [replace(identity_of_ids(one.case_id, one.patient_id), aliases=one.aliases) for one in found]
+    return find_leakage("held out", others, ids)

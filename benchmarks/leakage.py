@@ -32,7 +32,7 @@ from leakage_v2 import (
     fingerprint,
     make_identity,
 )
-from make_phantom_v2 import make_phantom
+from make_phantom_v2 import FIRST_ID, make_phantom
 from utils_v2 import option, run_command
 from volumes_v2 import brain_mask
 
@@ -234,7 +234,8 @@ def load_scans(config: LeakageConfig) -> dict[str, list[Scan]]:
         cohorts: dict[str, list[Scan]] = {}
         for style in ("internal", "external"):
             cohorts[style] = []
-            for seed in tqdm(range(config.phantoms), desc=f"{style} phantoms", leave=False):
+            first = FIRST_ID[style]  # a seed gives the same head in both styles
+            for seed in tqdm(range(first, first + config.phantoms), desc=f"{style} phantoms", leave=False):
                 phantom = make_phantom(seed, (40, 120, 120), (4.0, 2.0, 2.0), style)
                 volume = phantom.modalities["flair"].astype(np.float32)
                 cohorts[style].append(Scan(f"{style} {seed}", volume, phantom.labels))
