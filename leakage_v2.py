@@ -28,7 +28,7 @@ from cases_v2 import Case, load_case
 from utils_v2 import InputError, write_json
 
 GRID = 24  # cells of a thumbnail along each axis
-HIGH_PASS_CELLS = 3.0  # SD of what is taken out: the shape all heads share
+HIGH_PASS_CELLS = 2.0  # SD of what is taken out: the shape all heads share
 SAME_SCAN = 0.88  # cosine similarity from which two thumbnails show one scan; see benchmarks/leakage.py
 MASK_VOXELS = 100  # smaller masks can agree by chance
 FINGERPRINT_VERSION = 1  # raise when fingerprints change: stored ones are then made anew
@@ -68,7 +68,10 @@ def find_head(ranks: np.ndarray) -> list[tuple[float, float]]:
 
     The head is what is bright after smoothing, so the noise of air and single bright voxels do not widen it.
     """
-    smooth = ndimage.uniform_filter(ranks, [max(1, size // 24) for size in ranks.shape], mode="nearest")
+    odd = [
+        2 * (size // 48) + 1 for size in ranks.shape
+    ]  # an even filter would move the box of a mirror image
+    smooth = ndimage.uniform_filter(ranks, odd, mode="nearest")
     head = smooth > split_in_two(smooth)
     box = []
     for axis in range(3):
@@ -254,22 +257,33 @@ def turned_thumbnails(cells: np.ndarray) -> Iterator[np.ndarray]:
             yield turned[:, :: steps[0], :: steps[1], :: steps[2]]
 
 
+def shift_cells(cells: np.ndarray, step: int) -> np.ndarray:
+    """Return thumbnails (n, GRID, GRID, GRID) moved by `step` cells along D, 0 where nothing was.
+
+    Thick slices need it: one slice more or less at an end of the head moves the others by a cell.
+    """
+    moved = np.zeros_like(cells)
+    moved[:, max(step, 0) : GRID + min(step, 0)] = cells[:, max(-step, 0) : GRID - max(step, 0)]
+    return moved
+
+
 def _unit_rows(cells: np.ndarray) -> np.ndarray:
     rows = cells.reshape(len(cells), -1).astype(np.float32)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
 def compare_thumbnails(tested: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the cosine similarity (n, m) of thumbnails (n, ...) to (m, ...), over all turns the highest.
+    """Return the cosine similarity (n, m) of thumbnails (n, ...) to (m, ...), the highest of all poses.
 
-    A thumbnail of a constant volume is like nothing: 0 or less.
+    The poses are the 16 turns, each as it is and moved by a cell up and down. A thumbnail of a constant volume is like nothing: 0 or less.
     """
     highest = np.full((len(tested), len(known)), -1.0, np.float32)
     if not len(tested) or not len(known):
         return highest
     columns = _unit_rows(known).T
-    for turned in turned_thumbnails(tested):
-        np.maximum(highest, _unit_rows(turned) @ columns, out=highest)
+    for step in (0, -1, 1):
+        for turned in turned_thumbnails(shift_cells(tested, step)):
+            np.maximum(highest, _unit_rows(turned) @ columns, out=highest)
     return highest
 
 
