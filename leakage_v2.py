@@ -275,7 +275,8 @@ def _unit_rows(cells: np.ndarray) -> np.ndarray:
 def compare_thumbnails(tested: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return the cosine similarity (n, m) of thumbnails (n, ...) to (m, ...), the highest of all poses.
 
-    The poses are the 16 turns, each as it is and moved by a cell up and down. A thumbnail of a constant volume is like nothing: 0 or less.
+    The poses are the 16 turns, each as it is and moved by a cell up and down. A thumbnail of a constant volume
+    is like nothing: 0 or less.
     """
     highest = np.full((len(tested), len(known)), -1.0, np.float32)
     if not len(tested) or not len(known):
