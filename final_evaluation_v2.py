@@ -22,6 +22,7 @@ from cases_v2 import Case, with_reference
 from dataset_balance_v2 import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
 from layouts_v2 import LayoutName, describe_cases, find_cases
+from leakage_v2 import find_leakage, identify_cases, identity_of_ids, unpack_identities
 from plots_v2 import (
     plot_curves,
     plot_dice_against_volume,
@@ -88,37 +89,66 @@ class EvaluationConfig:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def find_leakage(cohort: str, cases: Sequence[PreparedCase], seen: Sequence[Sequence[str]]) -> pd.DataFrame:
-    """Return a row for each case known to training or validation: cohort, case, evidence, training_case.
+def list_leakage(
+    config: EvaluationConfig,
+    model: TrainedModel,
+    chosen: dict[str, list[Case]],
+    cohorts: dict[str, list[PreparedCase]],
+) -> pd.DataFrame:
+    """Return the rows of `find_leakage` for the internal and the external cohort.
 
-    `seen` holds (case id, patient id, image SHA-256) of every training and validation case. Evidence is the
-    first of these three that agrees.
+    Training cases are known by the identities in the checkpoint; where it is older than these, they are read
+    from the run's data.
     """
-    names = ("case id", "patient id", "image content")
-    known = [{entry[column]: entry[0] for entry in seen} for column in range(3)]
-    rows = []
-    for case in cases:
-        for name, value, table in zip(
-            names, (case.case_id, case.patient_id, case.image_sha256), known, strict=True
-        ):
-            if value in table:
-                rows.append(
-                    {"cohort": cohort, "case": case.case_id, "evidence": name, "training_case": table[value]}
-                )
-                break
-    return pd.DataFrame(rows, columns=["cohort", "case", "evidence", "training_case"])
+    known = unpack_identities(model.checkpoint)
+    if known is None:
+        print("the checkpoint holds no fingerprints; reading those of the training cases from the data")
+        known = identify_cases([*chosen["train"], *chosen["validation"]], model.modalities, config.cache_dir)
+        names = {one.case_id for one in known}
+        gone = [entry for entry in model.checkpoint["seen"] if entry[0] not in names]
+        known += [identity_of_ids(case_id, patient_id) for case_id, patient_id, *_ in gone]
+        if gone:
+            print(f"{len(gone)} training case(s), first {gone[0][0]}, are not there and known by id alone")
+    tables = []
+    for cohort in cohorts:
+        if cohort == "validation":
+            continue
+        prints = {case.case_id: case.fingerprint for case in cohorts[cohort] if case.fingerprint}
+        tested = identify_cases(chosen[cohort], model.modalities, config.cache_dir, prints)
+        tables.append(find_leakage(cohort, tested, known))
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
-def refuse_seen(leakage: pd.DataFrame, allow_seen: bool) -> None:
-    """Raise InputError where a case to be tested was seen in training or validation, unless allowed."""
-    if allow_seen or leakage.empty:
-        return
-    first = leakage.iloc[0]
-    raise InputError(
-        f"{len(leakage)} case(s) to be tested were in training or validation, first {first['case']} of the "
-        f"{first['cohort']} cohort (same {first['evidence']} as {first['training_case']}); take them out, or "
-        f"pass --allow-seen to audit them and mark the output."
-    )
+def count_seen(cohorts: dict[str, list[PreparedCase]], leakage: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Return {cohort: {"cases", "seen", "unseen"}} of the internal and the external cohort."""
+    counts = {}
+    for cohort, cases in cohorts.items():
+        if cohort != "validation":
+            seen = int((leakage["cohort"] == cohort).sum())
+            counts[cohort] = {"cases": len(cases), "seen": seen, "unseen": len(cases) - seen}
+    return counts
+
+
+def refuse_seen(seen: dict[str, dict[str, int]], leakage: pd.DataFrame, allow_seen: bool) -> None:
+    """Raise InputError where an internal case was seen or no external one is unseen, unless allowed.
+
+    An external cohort of which some were seen goes on: it is reported as a whole, marked, and without them.
+    """
+    for cohort, count in () if allow_seen else seen.items():
+        if not count["seen"] or (cohort == "external" and count["unseen"]):
+            continue
+        first = leakage[leakage["cohort"] == cohort].iloc[0]
+        example = f"{first['case']} is {first['training_case']} by {first['evidence']}"
+        if cohort == "external":
+            raise InputError(
+                f"--external-dir: each of its {count['cases']} cases was seen in training or validation "
+                f"({example}), so they are not external; give another cohort, train with --hold-out-dir, or "
+                f"pass --allow-seen to mark the output."
+            )
+        raise InputError(
+            f"{count['seen']} {cohort} case(s) to be tested were seen in training or validation ({example}); "
+            f"take them out, or pass --allow-seen to audit them and mark the output."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -305,8 +335,11 @@ def draw_plots(
 
 def gather_cohorts(
     config: EvaluationConfig, run: Path, model: TrainedModel, split: dict[str, Any]
-) -> dict[str, list[PreparedCase]]:
-    """Return the prepared cases of each cohort: validation, internal and, where there is one, external."""
+) -> tuple[dict[str, list[Case]], dict[str, list[PreparedCase]]]:
+    """Return the cases of each cohort, and prepared: validation, internal, external where there is one.
+
+    The training cases that are still there are among the first and not among the second.
+    """
     settings = model.checkpoint["config"]
     data_dir = config.data_dir or settings["data_dir"]
     own = (settings.get("layout", "auto"), settings.get("mapping"))
@@ -325,8 +358,10 @@ def gather_cohorts(
         )
         print("\n".join(f"external: {line}" for line in describe_cases(external)))
         chosen["external"] = with_reference(external, external_dir)
+    train_ids = set(split["train"])
+    train = {"train": [case for case in found if case.case_id in train_ids]}
     print(f"auditing {run}: " + ", ".join(f"{len(cases)} {cohort} cases" for cohort, cases in chosen.items()))
-    return {
+    return chosen | train, {
         cohort: prepare_cases(cases, model.modalities, model.regions, config.cache_dir)
         for cohort, cases in chosen.items()
     }
@@ -342,22 +377,21 @@ def main(config: EvaluationConfig) -> None:
         raise InputError(
             f"{run / 'split.json'}: not the split the checkpoint was trained with; restore the run's own."
         )
-    cohorts = gather_cohorts(config, run, model, split)
-    seen = model.checkpoint["seen"]
-    leakage = pd.concat(
-        [find_leakage(cohort, cases, seen) for cohort, cases in cohorts.items() if cohort != "validation"]
-    )
+    chosen, cohorts = gather_cohorts(config, run, model, split)
+    leakage = list_leakage(config, model, chosen, cohorts)
     folder = Path(config.output) if config.output else run / "evaluation"
     write_atomically(folder / "leakage.csv", lambda target: leakage.to_csv(target, index=False))
-    for cohort in cohorts:
-        if cohort != "validation":
-            known = int((leakage["cohort"] == cohort).sum())
-            print(f"{cohort}: {len(cohorts[cohort])} cases, {known} of them seen in training or validation")
-    refuse_seen(leakage, config.allow_seen)
+    seen = count_seen(cohorts, leakage)
+    for cohort, count in seen.items():
+        print(
+            f"{cohort}: {count['cases']} cases, {count['seen']} of them seen in training or validation, "
+            f"{count['unseen']} unseen"
+        )
+    refuse_seen(seen, leakage, config.allow_seen)
 
     tables, counts = [], {}
-    seen_ids = set(leakage["case"])
     for cohort, cases in cohorts.items():
+        seen_ids = set(leakage.loc[leakage["cohort"] == cohort, "case"])
         table, counts[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
         tables.append(table)
         unseen = table[~table["seen_in_training"]]
@@ -368,6 +402,7 @@ def main(config: EvaluationConfig) -> None:
     summary = {
         "data_kind": model.checkpoint["data_kind"],
         "includes_seen_cases": bool(len(leakage)),
+        "seen_in_training": seen,
         "averaged_over": "Dice per case on the native grid, mean over cases; ci95 by bootstrap over patients",
         "cohorts": summarise_all(rows, model.regions, config.seed),
         "threshold": dict(zip(model.regions, model.thresholds, strict=True)),

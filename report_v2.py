@@ -83,10 +83,15 @@ def marks(summary: dict[str, Any]) -> list[str]:
     found = []
     if summary["data_kind"] == "phantom":
         found.append(f"These are {PHANTOM_NOTE}.")
-    if summary["includes_seen_cases"]:
-        found.append(
-            "Includes cases that were in training or validation (--allow-seen): not a held-out result."
-        )
+    for cohort, count in summary.get("seen_in_training", {}).items():
+        if count["seen"]:
+            rest = "" if count["unseen"] else "; the word does not fit it"
+            found.append(
+                f"{cohort}: {count['seen']} of {count['cases']} cases were in training or validation, "
+                f"{count['unseen']} unseen: not a held-out result{rest}."
+            )
+    if "external_unseen" in summary["cohorts"]:
+        found.append("external_unseen is the external cohort without the cases that were seen.")
     return found
 
 
@@ -161,7 +166,7 @@ def write_report(
         text = html.escape(caption)
         figures += f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
         figures += f"<figcaption>{text}</figcaption></figure>\n"
-    known = "<p>No tested case was found in training or validation by case id, patient id or image.</p>"
+    known = "<p>No tested case was found in training or validation by id, mapping or content.</p>"
     if len(leakage):
         known = _html_table(
             tuple(leakage.columns), [tuple(map(str, row)) for row in leakage.itertuples(index=False)]

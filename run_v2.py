@@ -13,8 +13,16 @@ from tqdm import tqdm
 
 from cases_v2 import Case
 from check_v2 import Problem, check_cohort, has_error
-from dataset_balance_v2 import DEMO_DATA, choose_data_dir, read_split, split_cases
+from dataset_balance_v2 import (
+    DEMO_DATA,
+    SPLIT_PARTS,
+    choose_data_dir,
+    read_split,
+    split_cases,
+    split_sha256,
+)
 from layouts_v2 import LayoutName, find_cases
+from leakage_v2 import find_held_out, fingerprint_modality, identify_cases
 from model_drunet_v2 import WIDTHS
 from plots_v2 import plot_curves
 from utils_v2 import InputError, load_checkpoint, option, write_atomically, write_json
@@ -33,6 +41,9 @@ class TrainConfig:
         None, "run folder to go on with, under its own settings; --epochs and the like count"
     )
     split: str | None = option(None, "split.json of another run to use instead of drawing a split")
+    hold_out_dir: str | None = option(
+        None, "cohort kept for testing: its patients are left out by id, mapping and content of the scans"
+    )
     cache_dir: str = option("cache", "folder of decoded volumes")
     layout: LayoutName = option("auto", "layout of the cases; auto tells it by what is there")
     mapping: str | None = option(None, "CSV sheet of ids, beside the mapping sheets found with the cases")
@@ -142,8 +153,47 @@ def choose_split(config: TrainConfig, cases: Sequence[Case], folder: Path) -> di
     if (folder / "split.json").exists() and config.resume:
         return read_split(folder / "split.json")
     split = read_split(config.split) if config.split else split_cases(cases, config.seed)
+    if config.split and config.hold_out_dir:
+        split = without_cases(split, set(pd.read_csv(folder / "held_out.csv", dtype=str)["case"]))
     write_json(folder / "split.json", split)
     return split
+
+
+def without_cases(split: dict[str, Any], left_out: set[str]) -> dict[str, Any]:
+    """Return a split without some cases, under its own hash; InputError where nothing is left to train on."""
+    parts = {part: [case_id for case_id in split[part] if case_id not in left_out] for part in SPLIT_PARTS}
+    if not parts["train"] or not parts["validation"]:
+        raise InputError(
+            "--hold-out-dir: leaves --split without training or validation cases; draw a new one."
+        )
+    return {**split, **parts, "sha256": split_sha256(parts)}
+
+
+def hold_out(config: TrainConfig, cases: Sequence[Case], folder: Path) -> tuple[list[Case], list[str]]:
+    """Return the cases without the patients of --hold-out-dir, and the lines that say who was left out.
+
+    The list of those left out is in the run's held_out.csv. A resumed run takes it from there.
+    """
+    table = folder / "held_out.csv"
+    if not config.hold_out_dir:
+        return list(cases), []
+    if not (config.resume and table.exists()):
+        modality = fingerprint_modality(config.modalities)
+        held = find_cases(config.hold_out_dir, (modality,), config.slice_channel, mapping=config.mapping)
+        found = find_held_out(
+            identify_cases(cases, (modality,), config.cache_dir),
+            identify_cases(held, (modality,), config.cache_dir),
+        )
+        write_atomically(table, lambda target: found.to_csv(target, index=False))
+    found = pd.read_csv(table, dtype={"case": str, "patient": str})
+    left_out = set(found["case"])
+    counts = ", ".join(f"{count} by {name}" for name, count in found["evidence"].value_counts().items())
+    lines = [
+        f"{len(left_out)} cases of {found['patient'].nunique()} patients are in {config.hold_out_dir} and "
+        f"left out of the run{f' ({counts})' if counts else ''}; the list is in {table}"
+    ]
+    lines += [f"  left out: {row.case}, {row.evidence} as {row.known_as}" for row in found.itertuples()]
+    return [case for case in cases if case.case_id not in left_out], lines
 
 
 class Log:

@@ -33,8 +33,9 @@ from dataset_balance_v2 import (
 )
 from inference_v2 import TrainedModel, build_network, load_weights, predict_volume
 from layouts_v2 import describe_cases
+from leakage_v2 import check_parts, identify_cases, pack_identities
 from model_drunet_v2 import count_parameters
-from run_v2 import Clock, Log, TrainConfig, choose_cases, choose_split, prepare_config
+from run_v2 import Clock, Log, TrainConfig, choose_cases, choose_split, hold_out, prepare_config
 from utils_v2 import (
     THRESHOLDS,
     HybridFocalDiceLoss,
@@ -332,19 +333,34 @@ def finish_epoch(
     )
 
 
+def note_seen(
+    run: Run, cases: Sequence[Case], chosen: dict[str, list[Case]], prepared: Sequence[PreparedCase]
+) -> None:
+    """Note in `run.about` the identity of every case seen; raises InputError where parts share a patient.
+
+    Test cases are told by their fingerprints too, and for nothing else.
+    """
+    test_ids = set(run.split["test"])
+    parts = chosen | {"test": [case for case in cases if case.case_id in test_ids]}
+    prints = {case.case_id: case.fingerprint for case in prepared if case.fingerprint}
+    identities = {
+        part: identify_cases(members, run.config.modalities, run.config.cache_dir, prints)
+        for part, members in parts.items()
+    }
+    check_parts(identities)
+    run.about.update(pack_identities([*identities["train"], *identities["validation"]]))
+
+
 def prepare_training(run: Run, cases: Sequence[Case]) -> tuple[DataLoader, list[PreparedCase]]:
     """Return the training loader and the validation cases, and note in `run.about` who was seen."""
     config = run.config
+    chosen = {
+        part: cases_of_split(cases, run.split, part, config.data_dir) for part in ("train", "validation")
+    }
     train_cases, validation_cases = (
-        prepare_cases(
-            cases_of_split(cases, run.split, part, config.data_dir),
-            config.modalities,
-            config.regions,
-            config.cache_dir,
-        )
-        for part in ("train", "validation")
+        prepare_cases(part, config.modalities, config.regions, config.cache_dir) for part in chosen.values()
     )
-    run.about["seen"] = [[c.case_id, c.patient_id, c.image_sha256] for c in (*train_cases, *validation_cases)]
+    note_seen(run, cases, chosen, [*train_cases, *validation_cases])
     table = slice_table(train_cases, config.regions)
     draws = config.slabs_per_epoch or len(table)
     if draws < config.batch_size * config.accumulate:
@@ -365,12 +381,16 @@ def main(config: TrainConfig) -> None:
     dtype = amp_dtype(device, config.amp)
     state = make_state(config, device, dtype)
     found, skipped = choose_cases(config)
-    cases = with_reference(found, config.data_dir)
+    with_mask = with_reference(found, config.data_dir)
     folder = Path(config.results_dir) / config.run
     folder.mkdir(parents=True, exist_ok=True)
+    cases, held_out = hold_out(config, with_mask, folder)
     split = choose_split(config, cases, folder)
     data_kind = "phantom" if is_phantom(cases[0]) else "real"
-    run = Run(config, folder, split, device, dtype, {"data_kind": data_kind, "split_sha256": split["sha256"]})
+    kept_ids = {case.case_id for case in cases}
+    left_out = {"held_out": [case.case_id for case in with_mask if case.case_id not in kept_ids]}
+    about = {"data_kind": data_kind, "split_sha256": split["sha256"], **left_out}
+    run = Run(config, folder, split, device, dtype, about)
     log = Log(folder, resumed=bool(config.resume))
     if config.resume:
         state.restore(load_checkpoint(folder / "last.pt"), folder / "last.pt")
@@ -381,17 +401,19 @@ def main(config: TrainConfig) -> None:
         log.say(f"left out: {problem.case or '-'}  {problem.file}: {problem.problem}")
     if config.skip_bad:
         write_problems(folder / "skipped.csv", skipped)
-    left_out = sorted({problem.case or problem.file for problem in skipped})
+    bad = sorted({problem.case or problem.file for problem in skipped})
     made = {"command": command_line(), "hardware": describe_machine(device), "versions": describe_versions()}
     write_json(
         folder / "config.json",
-        {**dataclasses.asdict(config), "data_kind": data_kind, "skipped": left_out, **made},
+        {**dataclasses.asdict(config), "data_kind": data_kind, "skipped": bad, **left_out, **made},
     )
 
+    for line in held_out:
+        log.say(line)
     loader, validation_cases = prepare_training(run, cases)
     minutes_before = state.minutes
     log.say(
-        f"{run.title}; {len(found)} cases ({len(found) - len(cases)} without mask left out), split "
+        f"{run.title}; {len(found)} cases ({len(found) - len(with_mask)} without mask left out), split "
         f"{len(split['train'])} / {len(split['validation'])} / {len(split['test'])} by patient, "
         f"{len(loader.dataset)} training slices, {count_parameters(state.network) / 1e6:.2f} M parameters, "
         f"{device.type}, {str(dtype or torch.float32).removeprefix('torch.')}"

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cases_v2 import Case, load_case, regions_from_labels
+from leakage_v2 import fingerprint, fingerprint_modality
 from utils_v2 import write_json
 
 Z_RANGE = (-4.0, 8.0)  # normalised intensities are clipped to it; augmentation maps it to 0..1
@@ -173,6 +174,11 @@ class PreparedCase:
         """Region masks (R, D, H, W) bool, memory-mapped."""
         return np.load(self.folder / "reference.npy", mmap_mode="r")
 
+    @property
+    def fingerprint(self) -> dict[str, str] | None:
+        """What leakage_v2.py knows the case by; None in entries older than fingerprints."""
+        return json.loads((self.folder / "facts.json").read_text()).get("fingerprint")
+
 
 def _cache_key(case: Case, modalities: Sequence[str], regions: Sequence[str]) -> str:
     files = [path for name in modalities for path in case.modalities[name]] + list(case.mask)
@@ -196,6 +202,9 @@ def prepare_case(
         facts = {
             "spacing_mm": loaded.spacing_mm,
             "image_sha256": hashlib.sha256(volume[0].tobytes()).hexdigest(),
+            "fingerprint": fingerprint(
+                loaded.volume[modalities.index(fingerprint_modality(modalities))], loaded.labels
+            ),
             "brain_voxels": brain_voxels.tolist(),
             "region_voxels": reference.sum((2, 3)).tolist(),
         }

@@ -1,0 +1,360 @@
+"""Leakage: fingerprints against disguises, the order of evidence, the split, --hold-out-dir, the audit."""
+
+import dataclasses
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_commands import TINY, complaint, run
+
+from cases_v2 import Case, find_cases
+from leakage_v2 import (
+    GRID,
+    SAME_SCAN,
+    Identity,
+    check_parts,
+    compare_thumbnails,
+    find_held_out,
+    find_leakage,
+    fingerprint,
+    hash_image,
+    hash_mask,
+    identify_cases,
+    make_identity,
+    make_thumbnail,
+    pack_identities,
+    rank_voxels,
+    split_in_two,
+    unpack_identities,
+)
+from make_phantom_v2 import make_phantom
+from utils_v2 import load_checkpoint, save_checkpoint
+
+SHAPE, SPACING_MM = (40, 60, 60), (4.0, 4.0, 4.0)
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """FLAIR volumes (40, 60, 60) int16 of 8 phantoms, four in each style."""
+    # a seed gives the same head in both styles
+    seeds = {"internal": range(4), "external": range(4, 8)}
+    made = [make_phantom(seed, SHAPE, SPACING_MM, style) for style in seeds for seed in seeds[style]]
+    return [phantom.modalities["flair"] for phantom in made]
+
+
+def similarity(one, other):
+    pair = [make_thumbnail(volume.astype(np.float32))[None] for volume in (one, other)]
+    return float(compare_thumbnails(*pair)[0, 0])
+
+
+def equalise(volume):
+    values = np.sort(volume.ravel())
+    return np.searchsorted(values, volume.ravel()).reshape(volume.shape) / values.size
+
+
+def crop_to_head(volume):
+    ends = [np.flatnonzero(volume.any(axis)) for axis in ((1, 2), (0, 2), (0, 1))]
+    return volume[tuple(slice(end[0], end[-1] + 1) for end in ends)]
+
+
+DISGUISES = {
+    "rescaled": lambda v: 0.37 * v + 12,
+    "8 bit": lambda v: np.round(v / v.max() * 255),
+    "gamma": lambda v: (v / v.max()) ** 0.5,
+    "equalised": equalise,
+    "z-scored, background below 0": lambda v: (v - v[v > 0].mean()) / v[v > 0].std(),
+    "shifted along D": lambda v: np.roll(v, 1, 0),
+    "shifted along W": lambda v: np.roll(v, -1, 2),
+    "mirrored along D": lambda v: v[::-1],
+    "mirrored along H": lambda v: v[:, ::-1],
+    "mirrored along W": lambda v: v[:, :, ::-1],
+    "H and W swapped": lambda v: v.swapaxes(1, 2)[:, ::-1],
+    "cropped to the head": crop_to_head,
+    "padded": lambda v: np.pad(v, 9),
+    "noise in the head": lambda v: v + np.random.default_rng(0).normal(0, 0.05 * v.max(), v.shape) * (v > 0),
+}
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_a_disguised_scan_is_the_same_scan(heads, name):
+    for head in heads[::3]:
+        assert similarity(DISGUISES[name](head.astype(np.float64)), head) >= SAME_SCAN
+
+
+def test_different_heads_are_not_the_same_scan(heads):
+    cells = np.array([make_thumbnail(head.astype(np.float32)) for head in heads])
+    compared = compare_thumbnails(cells, cells)
+    assert np.allclose(np.diag(compared), 1)
+    assert (compared[~np.eye(len(heads), dtype=bool)] < SAME_SCAN).all()
+
+
+def test_coarse_phantoms_of_the_command_tests_are_told_apart(phantom_cohort, external_cohort, tmp_path):
+    cases = [*find_cases(phantom_cohort), *find_cases(external_cohort)]
+    known = identify_cases(cases, ("flair",), tmp_path)
+    for index, one in enumerate(known):
+        assert find_leakage("any", [one], known[:index] + known[index + 1 :]).empty
+
+
+def test_a_constant_volume_is_like_nothing(heads):
+    blank = make_thumbnail(np.zeros(SHAPE, np.float32))
+    assert not blank.any()
+    assert similarity(np.zeros(SHAPE), heads[0]) <= 0
+    assert similarity(np.zeros(SHAPE), np.ones(SHAPE)) <= 0
+
+
+def test_similarity_is_the_highest_cosine_over_mirrors_and_the_swap():
+    cells = np.random.default_rng(3).integers(-127, 128, (2, GRID, GRID, GRID)).astype(np.int8)
+    turned = cells[:, ::-1].swapaxes(2, 3)
+    assert np.allclose(np.diag(compare_thumbnails(turned, cells)), 1)
+    for step in (-1, 1):
+        moved = np.roll(cells, step, 1)
+        assert (np.diag(compare_thumbnails(moved, cells)) > 0.9).all()
+    assert (np.diag(compare_thumbnails(np.roll(cells, 2, 1), cells)) < 0.2).all()
+    quarter = cells.swapaxes(1, 2)  # D swapped with H: no picture format does that
+    assert (np.diag(compare_thumbnails(quarter, cells)) < 0.2).all()
+    assert compare_thumbnails(cells[:0], cells).shape == (0, 2)
+
+
+def test_ranks_are_shares_with_ties_in_their_middle():
+    ranks = rank_voxels(np.array([[5, 5, -1, 9]]))
+    assert ranks.tolist() == [[0.5, 0.5, 0.125, 0.875]]  # places 2 and 3 of 4: 1/4 + (2/4) / 2
+
+
+def test_two_groups_are_parted_between_them():
+    assert 0.2 <= split_in_two(np.array([0.1] * 50 + [0.2] * 10 + [0.8] * 40)) < 0.8
+
+
+def test_image_hash_ignores_type_and_sign_of_zero_but_no_value():
+    image = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    assert hash_image(image) == hash_image(image.astype(np.float64)) == hash_image(image.astype(np.uint8))
+    assert hash_image(image * -0.0) == hash_image(image * 0)
+    assert hash_image(image) != hash_image(image.reshape(3, 2, 4))
+    assert hash_image(image) != hash_image(image + 1)
+
+
+def test_mask_hash_ignores_labels_and_padding_and_small_masks():
+    labels = np.zeros((8, 9, 10), np.uint8)
+    labels[2:7, 2:7, 2:7] = 2
+    labels[3, 3, 3] = 4
+    assert hash_mask(labels) == hash_mask(np.pad(labels > 0, 3).astype(np.uint8))
+    labels[2, 2, 2] = 0
+    assert hash_mask(labels) != hash_mask(labels > 5)
+    assert hash_mask(labels[:, :4, :4]) == ""  # 5 * 2 * 2 voxels
+    assert hash_mask(None) == ""
+
+
+def made(case_id, patient_id=None, aliases=(), image="", mask="", seed=0):
+    cells = np.random.default_rng(seed).integers(-127, 128, (GRID,) * 3).astype(np.int8)
+    return Identity(case_id, patient_id or case_id, aliases, image or case_id, mask, cells)
+
+
+def test_evidence_is_the_first_that_agrees():
+    known = [made("k", "p", ("other name",), "i", "m", seed=1), made("far", seed=2)]
+    same = made("k", "p", ("other name",), "i", "m", seed=1)
+    steps = [
+        ("case id", {}),
+        ("patient id", {"case_id": "a"}),
+        ("mapping", {"case_id": "a", "patient_id": "b"}),
+        ("exact image", {"case_id": "a", "patient_id": "b", "aliases": ()}),
+        ("near image", {"case_id": "a", "patient_id": "b", "aliases": (), "image_sha256": "j"}),
+    ]
+    blank = np.zeros((GRID,) * 3, np.int8)
+    steps.append(("mask", {**steps[-1][1], "thumbnail": blank}))
+    for evidence, changes in steps:
+        rows = find_leakage("external", [dataclasses.replace(same, **changes)], known)
+        assert rows[["cohort", "evidence", "training_case"]].values.tolist() == [["external", evidence, "k"]]
+        assert (rows["similarity"][0] == 1) == (evidence in ("exact image", "near image"))
+    nothing = dataclasses.replace(same, **steps[-1][1], mask_sha256="")
+    rows = find_leakage("external", [nothing], known)
+    assert rows.columns.tolist() == ["cohort", "case", "evidence", "training_case", "similarity"]
+    assert rows.empty
+    assert find_leakage("external", [same], []).empty
+
+
+@pytest.mark.parametrize(
+    "tested",
+    [
+        made("a", "b", ("k",), seed=3),
+        made("a", "b", ("p",), seed=3),
+        made("n", "b", seed=3),
+        made("a", "n", seed=3),
+        made("a", "b", ("n",), seed=3),
+    ],
+)
+def test_a_mapping_names_a_case_from_either_side(tested):
+    rows = find_leakage("external", [tested], [made("k", "p", ("n",))])
+    assert rows["evidence"].tolist() == ["mapping"]
+
+
+def test_a_duplicate_over_the_parts_of_a_split_is_an_error_that_names_both(input_error):
+    parts = {"train": [made("a", seed=1), made("b", seed=2)], "validation": [made("c", seed=3)], "test": []}
+    check_parts(parts)
+    twin = made("twin", seed=2)
+    with input_error("twin", "b (train)", "near image", "--mapping"):
+        check_parts(parts | {"test": [twin]})
+    check_parts(parts | {"train": [*parts["train"], twin]})  # within one part it does no harm
+
+
+def test_held_out_are_all_cases_of_a_patient_found_by_one():
+    own = [made("scan1", "p", seed=1), made("scan2", "p", seed=2), made("other", "q", seed=3)]
+    table = find_held_out(own, [made("renamed", seed=1)])
+    assert table["case"].tolist() == ["scan1", "scan2"]
+    assert table["patient"].tolist() == ["p", "p"]
+    assert table["evidence"].tolist() == ["near image", "patient id"]
+    assert table["known_as"].tolist() == ["renamed", "scan1"]
+    assert find_held_out(own, [made("far", seed=9)]).empty
+
+
+def test_identities_survive_a_checkpoint(tmp_path):
+    known = [made("a", "p", ("x", "y"), "i", "m"), made("b")]
+    content = pack_identities(known) | {"model": {"w": torch.zeros(1)}}
+    save_checkpoint(tmp_path / "c.pt", content)
+    back = unpack_identities(load_checkpoint(tmp_path / "c.pt"))
+    for one, other in zip(known, back, strict=True):
+        assert (one.thumbnail == other.thumbnail).all()
+        blank = {"thumbnail": None}
+        assert dataclasses.replace(one, **blank) == dataclasses.replace(other, **blank)
+    assert unpack_identities({"seen": [["a", "p", "i"]]}) is None  # as runs had it before fingerprints
+
+
+def test_fingerprints_are_read_once_and_anew_when_a_file_changed(tmp_path, write_nifti, heads):
+    path = write_nifti(tmp_path / "a_flair.nii.gz", heads[0].T)
+    case = Case("a", "a", "c", "brats2021", "brats", {"flair": (path,)}, ())
+    first = identify_cases([case], ("flair",), tmp_path / "cache")[0]
+    expected = make_identity(case, fingerprint(heads[0], None))
+    assert first.image_sha256 == expected.image_sha256
+    assert first.mask_sha256 == ""
+    (stored,) = (tmp_path / "cache" / "fingerprints").iterdir()
+    stored.write_text(json.dumps(fingerprint(heads[1], None)))
+    assert identify_cases([case], ("flair",), tmp_path / "cache")[0].image_sha256 == hash_image(heads[1])
+    write_nifti(path, heads[2].T)
+    assert identify_cases([case], ("flair",), tmp_path / "cache")[0].image_sha256 == hash_image(heads[2])
+    prints = {"a": fingerprint(heads[3], None)}
+    assert identify_cases([case], ("flair",), tmp_path, prints)[0].image_sha256 == hash_image(heads[3])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The commands
+# ------------------------------------------------------------------------------------------------------------
+
+
+def disguise(source, target):
+    """Copy a case under another id: float, rescaled, mirrored, with a voxel less of its mask."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        image = nib.load(path)
+        array = np.asarray(image.dataobj)[::-1]
+        if path.name.endswith("_seg.nii.gz"):
+            array = array.copy()
+            array[tuple(np.argwhere(array)[0])] = 0
+        else:
+            array = array.astype(np.float32) * 0.01 + 3
+        name = path.name.replace(source.name, target.name).removesuffix(".gz")
+        nib.save(nib.Nifti1Image(array, image.affine), target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory, phantom_cohort, external_cohort):
+    """A folder with the run `honest`, trained with a cohort held out that has two of its patients."""
+    folder = tmp_path_factory.mktemp("held")
+    shutil.copytree(external_cohort, folder / "cohort")
+    names = sorted(path.name for path in phantom_cohort.iterdir() if path.is_dir())
+    disguise(phantom_cohort / names[2], folder / "cohort" / "BraTS2021_09999")
+    shutil.copytree(phantom_cohort / names[5], folder / "cohort" / names[5])
+    arguments = ("--data-dir", phantom_cohort, "--run", "honest", "--epochs", 1, *TINY)
+    done = run("train_drunet_v2.py", *arguments, "--hold-out-dir", "cohort", cwd=folder)
+    return folder, names, done
+
+
+def test_hold_out_leaves_a_cohort_out_of_the_run_and_records_it(held):
+    folder, names, done = held
+    left_out = [names[2], names[5]]
+    table = pd.read_csv(folder / "results" / "honest" / "held_out.csv")
+    assert table["case"].tolist() == left_out
+    assert table["evidence"].tolist() == ["near image", "case id"]
+    assert table["known_as"].tolist() == ["BraTS2021_09999", names[5]]
+    assert all(name in done.stdout for name in (*left_out, "2 cases of 2 patients"))
+    split = json.loads((folder / "results" / "honest" / "split.json").read_text())
+    used = split["train"] + split["validation"] + split["test"]
+    assert sorted(used) == sorted(set(names) - set(left_out))
+    checkpoint = load_checkpoint(folder / "results" / "honest" / "best.pt")
+    assert checkpoint["held_out"] == left_out
+    assert json.loads((folder / "results" / "honest" / "config.json").read_text())["held_out"] == left_out
+    assert not {entry[0] for entry in checkpoint["seen"]} & set(left_out)
+
+
+def test_a_resumed_run_still_leaves_the_cohort_out(held):
+    folder, names, _ = held
+    shutil.copytree(folder / "results" / "honest", folder / "results" / "resumed")
+    run("train_drunet_v2.py", "--resume", "results/resumed", "--epochs", 2, cwd=folder)
+    checkpoint = load_checkpoint(folder / "results" / "resumed" / "last.pt")
+    assert checkpoint["held_out"] == [names[2], names[5]]
+
+
+def audit(folder, external, *arguments, expect=0):
+    command = ("--run", "results/honest", "--external-dir", external, "--device", "cpu", "--output", "audit")
+    return run("final_evaluation_v2.py", *command, *arguments, cwd=folder, expect=expect)
+
+
+def test_the_cohort_held_out_is_external(held):
+    folder, _, _ = held
+    done = audit(folder, "cohort")
+    assert "external: 5 cases, 0 of them seen in training or validation, 5 unseen" in done.stdout
+    summary = json.loads((folder / "audit" / "summary.json").read_text())
+    assert not summary["includes_seen_cases"]
+    assert "external_unseen" not in summary["cohorts"]
+
+
+def test_an_external_cohort_with_seen_cases_is_reported_in_both_forms(held, phantom_cohort, external_cohort):
+    folder, _, _ = held
+    seen = json.loads((folder / "results" / "honest" / "split.json").read_text())["train"][0]
+    shutil.copytree(external_cohort, folder / "mixed")
+    disguise(phantom_cohort / seen, folder / "mixed" / "BraTS2021_09998")
+    done = audit(folder, "mixed")
+    assert "external: 4 cases, 1 of them seen in training or validation, 3 unseen" in done.stdout
+    assert "not a held-out result" in done.stdout
+    leakage = pd.read_csv(folder / "audit" / "leakage.csv")
+    assert leakage.columns.tolist() == ["cohort", "case", "evidence", "training_case", "similarity"]
+    assert leakage.iloc[0, :4].tolist() == ["external", "BraTS2021_09998", "near image", seen]
+    assert leakage["similarity"][0] > 0.99
+    summary = json.loads((folder / "audit" / "summary.json").read_text())
+    assert summary["cohorts"]["external"]["WT"]["tta"]["n_cases"] == 4
+    assert summary["cohorts"]["external_unseen"]["WT"]["tta"]["n_cases"] == 3
+    assert "1 of 4 cases were in training" in (folder / "audit" / "report.html").read_text()
+
+
+def test_a_cohort_of_which_nothing_is_unseen_is_not_called_external(held, phantom_cohort):
+    folder, _, _ = held
+    seen = json.loads((folder / "results" / "honest" / "split.json").read_text())["train"][0]
+    disguise(phantom_cohort / seen, folder / "same" / "BraTS2021_09997")
+    refused = complaint(audit(folder, "same", expect=2))
+    assert all(word in refused for word in ("--external-dir", "BraTS2021_09997", seen, "--hold-out-dir"))
+    allowed = audit(folder, "same", "--allow-seen")
+    assert "the word does not fit it" in allowed.stdout
+
+
+def test_an_internal_test_case_that_was_seen_is_refused_unless_allowed(held, phantom_cohort):
+    folder, _, _ = held
+    split = json.loads((folder / "results" / "honest" / "split.json").read_text())
+    tested, seen = split["test"][0], split["train"][0]
+    shutil.copytree(phantom_cohort, folder / "spoilt")
+    shutil.rmtree(folder / "spoilt" / tested)
+    disguise(phantom_cohort / seen, folder / "spoilt" / tested)
+    refused = complaint(audit(folder, "cohort", "--data-dir", "spoilt", expect=2))
+    assert all(word in refused for word in (tested, seen, "near image", "--allow-seen"))
+    assert "not a held-out result" in audit(folder, "cohort", "--data-dir", "spoilt", "--allow-seen").stdout
+
+
+def test_training_stops_at_a_duplicate_over_the_parts(tmp_path, phantom_cohort):
+    names = sorted(path.name for path in phantom_cohort.iterdir() if path.is_dir())
+    shutil.copytree(phantom_cohort, tmp_path / "data")
+    for number, name in enumerate(names):  # each patient twice: no split keeps all the twins together
+        disguise(phantom_cohort / name, tmp_path / "data" / f"BraTS2021_9970{number}")
+    done = run("train_drunet_v2.py", "--data-dir", "data", *TINY, "--epochs", 1, cwd=tmp_path, expect=2)
+    assert "near image" in complaint(done)
+    assert "--mapping" in complaint(done)
