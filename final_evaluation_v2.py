@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from cache_v2 import CACHE_GB, PreparedCase, prepare_cases
 from cases_v2 import Case, find_cases, with_reference
 from dataset_balance_v2 import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
@@ -52,7 +53,6 @@ from utils_v2 import (
     write_atomically,
     write_json,
 )
-from volumes_v2 import PreparedCase, prepare_cases
 
 MODES = ("plain", "tta")
 
@@ -71,6 +71,7 @@ class EvaluationConfig:
         False, "audit test cases that were in training or validation too, and mark the output"
     )
     cache_dir: str = option("cache", "folder of decoded volumes")
+    cache_gb: float = option(CACHE_GB, "largest size of that folder in GB; what is unused longest goes first")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     batch_size: int = option(16, "slabs a forward pass")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
@@ -318,7 +319,9 @@ def gather_cohorts(
         chosen["external"] = with_reference(external, external_dir)
     print(f"auditing {run}: " + ", ".join(f"{len(cases)} {cohort} cases" for cohort, cases in chosen.items()))
     return {
-        cohort: prepare_cases(cases, model.modalities, model.regions, config.cache_dir)
+        cohort: prepare_cases(
+            cases, model.modalities, model.regions, config.cache_dir, cache_gb=config.cache_gb
+        )
         for cohort, cases in chosen.items()
     }
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
+from cache_v2 import CACHE_GB
 from cases_v2 import Case
 from dataset_balance_v2 import DEMO_DATA, choose_data_dir, read_split, split_cases
 from model_drunet_v2 import WIDTHS
@@ -32,6 +33,7 @@ class TrainConfig:
     )
     split: str | None = option(None, "split.json of another run to use instead of drawing a split")
     cache_dir: str = option("cache", "folder of decoded volumes")
+    cache_gb: float = option(CACHE_GB, "largest size of that folder in GB; what is unused longest goes first")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     modalities: tuple[str, ...] = option(("flair",), "modalities, in channel order: flair, t1, t1ce, t2")
     regions: tuple[str, ...] = option(("WT",), "tumour regions, one sigmoid each: WT, TC, ET")
@@ -78,7 +80,7 @@ DEMO: dict[str, Any] = {
     "ema": 0.98,
 }
 # What a resumed run may change: how long it goes on and where, never what it computes.
-RESUMABLE = ("resume", "epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir")
+RESUMABLE = ("resume", "epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "cache_gb")
 
 
 def prepare_config(config: TrainConfig) -> TrainConfig:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cache_v2 import PreparedCase, prepare_cases
 from cases_v2 import Case, find_cases, is_phantom, with_reference
 from dataset_balance_v2 import (
     BalancedSampler,
@@ -51,7 +52,6 @@ from utils_v2 import (
     set_seed,
     write_json,
 )
-from volumes_v2 import PreparedCase, prepare_cases
 
 # ------------------------------------------------------------------------------------------------------------
 # Training state
@@ -333,15 +333,15 @@ def finish_epoch(
 def prepare_training(run: Run, cases: Sequence[Case]) -> tuple[DataLoader, list[PreparedCase]]:
     """Return the training loader and the validation cases, and note in `run.about` who was seen."""
     config = run.config
-    train_cases, validation_cases = (
-        prepare_cases(
-            cases_of_split(cases, run.split, part, config.data_dir),
-            config.modalities,
-            config.regions,
-            config.cache_dir,
-        )
-        for part in ("train", "validation")
+    parts = [cases_of_split(cases, run.split, part, config.data_dir) for part in ("train", "validation")]
+    prepared = prepare_cases(
+        [*parts[0], *parts[1]],
+        config.modalities,
+        config.regions,
+        config.cache_dir,
+        cache_gb=config.cache_gb,
     )
+    train_cases, validation_cases = prepared[: len(parts[0])], prepared[len(parts[0]) :]
     run.about["seen"] = [[c.case_id, c.patient_id, c.image_sha256] for c in (*train_cases, *validation_cases)]
     table = slice_table(train_cases, config.regions)
     draws = config.slabs_per_epoch or len(table)
