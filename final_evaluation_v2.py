@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from cache_v2 import CACHE_GB, PreparedCase, prepare_cases
 from cases_v2 import Case, with_reference
 from dataset_balance_v2 import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
@@ -54,7 +55,6 @@ from utils_v2 import (
     write_atomically,
     write_json,
 )
-from volumes_v2 import PreparedCase, prepare_cases
 
 MODES = ("plain", "tta")
 
@@ -77,6 +77,7 @@ class EvaluationConfig:
     mapping: str | None = option(
         None, "CSV sheet of ids of --external-dir, beside those found with the cases"
     )
+    cache_gb: float = option(CACHE_GB, "largest size of that folder in GB; what is unused longest goes first")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     batch_size: int = option(16, "slabs a forward pass")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
@@ -113,7 +114,7 @@ def list_leakage(
     for cohort in cohorts:
         if cohort == "validation":
             continue
-        prints = {case.case_id: case.fingerprint for case in cohorts[cohort] if case.fingerprint}
+        prints = {case.case_id: case.fingerprint for case in cohorts[cohort]}
         tested = identify_cases(chosen[cohort], model.modalities, config.cache_dir, prints)
         tables.append(find_leakage(cohort, tested, known))
     return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
@@ -362,7 +363,9 @@ def gather_cohorts(
     train = {"train": [case for case in found if case.case_id in train_ids]}
     print(f"auditing {run}: " + ", ".join(f"{len(cases)} {cohort} cases" for cohort, cases in chosen.items()))
     return chosen | train, {
-        cohort: prepare_cases(cases, model.modalities, model.regions, config.cache_dir)
+        cohort: prepare_cases(
+            cases, model.modalities, model.regions, config.cache_dir, cache_gb=config.cache_gb
+        )
         for cohort, cases in chosen.items()
     }
 

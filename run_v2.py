@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
+from cache_v2 import CACHE_GB
 from cases_v2 import Case
 from check_v2 import Problem, check_cohort, has_error
 from dataset_balance_v2 import (
@@ -48,6 +49,7 @@ class TrainConfig:
     layout: LayoutName = option("auto", "layout of the cases; auto tells it by what is there")
     mapping: str | None = option(None, "CSV sheet of ids, beside the mapping sheets found with the cases")
     skip_bad: bool = option(False, "check every case first and leave out those with errors; see skipped.csv")
+    cache_gb: float = option(CACHE_GB, "largest size of that folder in GB; what is unused longest goes first")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     modalities: tuple[str, ...] = option(("flair",), "modalities, in channel order: flair, t1, t1ce, t2")
     regions: tuple[str, ...] = option(("WT",), "tumour regions, one sigmoid each: WT, TC, ET")
@@ -94,7 +96,7 @@ DEMO: dict[str, Any] = {
     "ema": 0.98,
 }
 # What a resumed run may change: how long it goes on and where, never what it computes.
-RESUMABLE = ("resume", "epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir")
+RESUMABLE = ("resume", "epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "cache_gb")
 
 
 def prepare_config(config: TrainConfig) -> TrainConfig:

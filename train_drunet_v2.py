@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cache_v2 import PreparedCase, prepare_cases
 from cases_v2 import Case, is_phantom, with_reference
 from check_v2 import write_problems
 from dataset_balance_v2 import (
@@ -54,7 +55,6 @@ from utils_v2 import (
     set_seed,
     write_json,
 )
-from volumes_v2 import PreparedCase, prepare_cases
 
 # ------------------------------------------------------------------------------------------------------------
 # Training state
@@ -342,7 +342,7 @@ def note_seen(
     """
     test_ids = set(run.split["test"])
     parts = chosen | {"test": [case for case in cases if case.case_id in test_ids]}
-    prints = {case.case_id: case.fingerprint for case in prepared if case.fingerprint}
+    prints = {case.case_id: case.fingerprint for case in prepared}
     identities = {
         part: identify_cases(members, run.config.modalities, run.config.cache_dir, prints)
         for part, members in parts.items()
@@ -357,10 +357,15 @@ def prepare_training(run: Run, cases: Sequence[Case]) -> tuple[DataLoader, list[
     chosen = {
         part: cases_of_split(cases, run.split, part, config.data_dir) for part in ("train", "validation")
     }
-    train_cases, validation_cases = (
-        prepare_cases(part, config.modalities, config.regions, config.cache_dir) for part in chosen.values()
+    prepared = prepare_cases(
+        [*chosen["train"], *chosen["validation"]],
+        config.modalities,
+        config.regions,
+        config.cache_dir,
+        cache_gb=config.cache_gb,
     )
-    note_seen(run, cases, chosen, [*train_cases, *validation_cases])
+    train_cases, validation_cases = prepared[: len(chosen["train"])], prepared[len(chosen["train"]) :]
+    note_seen(run, cases, chosen, prepared)
     table = slice_table(train_cases, config.regions)
     draws = config.slabs_per_epoch or len(table)
     if draws < config.batch_size * config.accumulate:

@@ -1,32 +1,19 @@
 """From cases to normalised volumes on their native grid, and from those to the network's slabs.
 
 Training, validation, audit and prediction all reach pixels through `normalise_volume`, `gather_slab` and
-`fit_slices`, so the network never meets a pixel at test time that was made another way at training time. The
-cache keeps each case decoded and normalised, memory-mapped.
+`fit_slices`, so the network never meets a pixel at test time that was made another way at training time.
 """
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
-from tqdm import tqdm
-
-from cases_v2 import Case, load_case, regions_from_labels
-from leakage_v2 import fingerprint, fingerprint_modality
-from utils_v2 import write_json
 
 Z_RANGE = (-4.0, 8.0)  # normalised intensities are clipped to it; augmentation maps it to 0..1
 QUARTILE_DISTANCE = 1.349  # between the quartiles of a normal distribution, in SD
 RESIZE_ABOVE = 1.25  # slices up to a quarter larger than the network's input are cropped, larger ones resized
 BRAIN_SLICE_VOXELS = 64  # a slice with fewer brain voxels counts as empty
-CACHE_VERSION = 2  # raise when normalisation changes: old cache entries are then never read
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,16 +81,15 @@ def place_slices(height: int, width: int, size: int) -> Placement:
 
 def _pad_or_crop(array: np.ndarray, height: int, width: int, mode: Literal["edge", "constant"]) -> np.ndarray:
     """Centre the last two axes of an array in (height, width); padding is undone by cropping back."""
+    padding = [(0, 0)] * array.ndim
     for axis, target in ((-2, height), (-1, width)):
         excess = array.shape[axis] - target
         if excess > 0:
-            array = np.take(array, range(excess // 2, excess // 2 + target), axis)
+            kept = slice(excess // 2, excess // 2 + target)
+            array = array[..., kept, :] if axis == -2 else array[..., kept]
         elif excess < 0:
-            before = -excess // 2
-            padding = [(0, 0)] * array.ndim
-            padding[axis] = (before, -excess - before)
-            array = np.pad(array, padding, mode=mode)
-    return array
+            padding[axis] = (-excess // 2, -excess - (-excess // 2))
+    return np.pad(array, padding, mode=mode) if any(map(any, padding)) else array
 
 
 def fit_slices(slices: np.ndarray, placement: Placement, is_mask: bool = False) -> np.ndarray:
@@ -139,111 +125,11 @@ def gather_slab(volume: np.ndarray, z: int, context: int) -> np.ndarray:
     Channel order: all slices of the first modality, then of the next. Slices beyond the ends repeat the end
     slice.
     """
-    depth = volume.shape[1]
+    return volume[:, slab_slices(z, context, volume.shape[1])].reshape(-1, *volume.shape[2:])
+
+
+def slab_slices(z: int, context: int, depth: int) -> list[int]:
+    """Return the slices of the slab around z: z - context .. z + context, those beyond the ends repeated."""
     if not 0 <= z < depth:
         raise ValueError(f"slice {z} is outside 0..{depth - 1}")
-    indices = np.clip(np.arange(z - context, z + context + 1), 0, depth - 1)
-    return volume[:, indices].reshape(-1, *volume.shape[2:])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Prepared cases: decoded and normalised once, memory-mapped from then on
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PreparedCase:
-    """A case in the cache, on its native grid; it holds paths, not arrays, so loader workers copy nothing."""
-
-    case_id: str
-    patient_id: str
-    cohort: str
-    folder: Path
-    spacing_mm: tuple[float, float, float]
-    image_sha256: str  # of the normalised first modality: the same for a copy under another name
-    brain_voxels: tuple[int, ...]  # per slice
-    region_voxels: tuple[tuple[int, ...], ...]  # per region, per slice
-
-    @property
-    def volume(self) -> np.ndarray:
-        """Normalised volume (C, D, H, W) float16, memory-mapped."""
-        return np.load(self.folder / "volume.npy", mmap_mode="r")
-
-    @property
-    def reference(self) -> np.ndarray:
-        """Region masks (R, D, H, W) bool, memory-mapped."""
-        return np.load(self.folder / "reference.npy", mmap_mode="r")
-
-    @property
-    def fingerprint(self) -> dict[str, str] | None:
-        """What leakage_v2.py knows the case by; None in entries older than fingerprints."""
-        return json.loads((self.folder / "facts.json").read_text()).get("fingerprint")
-
-
-def _cache_key(case: Case, modalities: Sequence[str], regions: Sequence[str]) -> str:
-    files = [path for name in modalities for path in case.modalities[name]] + list(case.mask)
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    content = json.dumps(
-        [CACHE_VERSION, list(modalities), list(regions), case.slice_channel, case.convention, stats]
-    )
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
-
-
-def prepare_case(
-    case: Case, modalities: Sequence[str], regions: Sequence[str], cache_dir: Path
-) -> PreparedCase:
-    """Decode and normalise one case with a mask into the cache, or find it there."""
-    folder = cache_dir / f"{case.case_id}-{_cache_key(case, modalities, regions)}"
-    if not folder.is_dir():
-        loaded = load_case(case, modalities)
-        assert loaded.labels is not None
-        volume, brain_voxels = normalise_volume(loaded.volume)
-        reference = regions_from_labels(loaded.labels, case.convention, regions)
-        facts = {
-            "spacing_mm": loaded.spacing_mm,
-            "image_sha256": hashlib.sha256(volume[0].tobytes()).hexdigest(),
-            "fingerprint": fingerprint(
-                loaded.volume[modalities.index(fingerprint_modality(modalities))], loaded.labels
-            ),
-            "brain_voxels": brain_voxels.tolist(),
-            "region_voxels": reference.sum((2, 3)).tolist(),
-        }
-        _write_cache_entry(folder, volume.astype(np.float16), reference, facts)
-    facts = json.loads((folder / "facts.json").read_text())
-    return PreparedCase(
-        case_id=case.case_id,
-        patient_id=case.patient_id,
-        cohort=case.cohort,
-        folder=folder,
-        spacing_mm=tuple(facts["spacing_mm"]),
-        image_sha256=facts["image_sha256"],
-        brain_voxels=tuple(facts["brain_voxels"]),
-        region_voxels=tuple(tuple(counts) for counts in facts["region_voxels"]),
-    )
-
-
-def _write_cache_entry(
-    folder: Path, volume: np.ndarray, reference: np.ndarray, facts: dict[str, Any]
-) -> None:
-    """Write an entry under a temporary name and move it into place whole; of two writers the first stays."""
-    temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        np.save(temporary / "volume.npy", volume)
-        np.save(temporary / "reference.npy", reference)
-        write_json(temporary / "facts.json", facts)
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def prepare_cases(
-    cases: Sequence[Case], modalities: Sequence[str], regions: Sequence[str], cache_dir: str | Path
-) -> list[PreparedCase]:
-    """Prepare every case, with a progress bar."""
-    progress = tqdm(cases, desc="preparing cases", unit="case", leave=False)
-    return [prepare_case(case, modalities, regions, Path(cache_dir)) for case in progress]
+    return [min(max(index, 0), depth - 1) for index in range(z - context, z + context + 1)]

@@ -20,6 +20,8 @@ from PIL import Image
 from scipy import ndimage
 
 import dataset_balance_v2
+from cache_v2 import PreparedCase, open_entry, write_entry
+from cases_v2 import Case
 from dataset_balance_v2 import (
     SPLIT_PARTS,
     BalanceConfig,
@@ -34,7 +36,7 @@ from dataset_balance_v2 import (
     split_cases,
     split_sha256,
 )
-from volumes_v2 import Z_RANGE, PreparedCase, fit_slices, gather_slab, place_slices
+from volumes_v2 import Z_RANGE, fit_slices, gather_slab, place_slices
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOW, HIGH = Z_RANGE
@@ -186,16 +188,28 @@ def test_a_case_of_the_split_that_is_not_there_is_named(make_cases, input_error)
 # ------------------------------------------------------------------------------------------------------------
 
 
-def prepared(
-    folder: Path, brain_voxels: tuple[int, ...], region_voxels: tuple[tuple[int, ...], ...]
-) -> PreparedCase:
-    return PreparedCase("x", "x", "made", folder, (1.0, 1.0, 1.0), "", brain_voxels, region_voxels)
+def prepared(brain_voxels: tuple[int, ...], region_voxels: tuple[tuple[int, ...], ...]) -> PreparedCase:
+    """Return a case of counts alone."""
+    box = ((0, 1), (0, 1), (0, 1))
+    counts = (brain_voxels, region_voxels)
+    return PreparedCase("x", "x", "made", Path(), (1, 1, 1), "", *counts, (1, 1, 1), box, box, (0.0,))
+
+
+def store(folder: Path, volume: np.ndarray, reference: np.ndarray) -> PreparedCase:
+    """Return the prepared case of these arrays, with 500 brain voxels a slice."""
+    facts = {"spacing_mm": (1, 1, 1), "image_sha256": "", "brain_voxels": [500] * volume.shape[1]}
+    facts["region_voxels"] = reference.sum((2, 3)).tolist()
+    return open_entry(
+        Case("x", "x", "made", "brats2021", "brats", {}, ()),
+        folder / "entry",
+        write_entry(folder / "entry", volume, reference, facts),
+    )
 
 
 def test_slice_table_by_hand():
     cases = [
-        prepared(Path(), (0, 63, 64), ((0, 0, 5), (0, 0, 2))),
-        prepared(Path(), (64, 10), ((0, 3), (0, 0))),
+        prepared((0, 63, 64), ((0, 0, 5), (0, 0, 2))),
+        prepared((64, 10), ((0, 3), (0, 0))),
     ]
     table = slice_table(cases, ("WT", "ET"))
     assert table.to_dict("list") == {
@@ -275,20 +289,16 @@ def patterned(tmp_path) -> PreparedCase:
     pattern = np.zeros((60, 50), bool)
     pattern[14:40, 15:23] = pattern[32:40, 15:38] = True
     volume = np.where(pattern, HIGH, LOW).astype(np.float16)
-    np.save(tmp_path / "volume.npy", np.broadcast_to(volume, (4, 5, 60, 50)))
-    np.save(tmp_path / "reference.npy", np.broadcast_to(pattern, (2, 5, 60, 50)))
-    return prepared(tmp_path, (500,) * 5, ((int(pattern.sum()),) * 5,) * 2)
+    shape = (5, 60, 50)
+    return store(tmp_path, np.broadcast_to(volume, (4, *shape)), np.broadcast_to(pattern, (2, *shape)))
 
 
 @pytest.fixture
 def random_case(tmp_path) -> PreparedCase:
     """Case of 2 modalities and 2 regions, 6 slices of 40 x 90, of random values."""
     generator = np.random.default_rng(0)
-    folder = tmp_path / "random"
-    folder.mkdir()
-    np.save(folder / "volume.npy", generator.uniform(-3, 6, (2, 6, 40, 90)).astype(np.float16))
-    np.save(folder / "reference.npy", generator.random((2, 6, 40, 90)) < 0.3)
-    return prepared(folder, (500,) * 6, ((9,) * 6,) * 2)
+    volume = generator.uniform(-3, 6, (2, 6, 40, 90)).astype(np.float16)
+    return store(tmp_path / "random", volume, generator.random((2, 6, 40, 90)) < 0.3)
 
 
 @pytest.mark.parametrize("size", [32, 80, 96])  # resized, cropped, padded
@@ -308,9 +318,7 @@ def test_without_augmentation_a_slab_is_what_prediction_sees(random_case, size):
 
 def test_the_target_is_that_of_the_middle_slice(tmp_path):
     volume = np.arange(4, dtype=np.float16).reshape(1, 4, 1, 1) * np.ones((1, 1, 8, 8), np.float16)
-    np.save(tmp_path / "volume.npy", volume)
-    np.save(tmp_path / "reference.npy", volume == 2)
-    case = prepared(tmp_path, (64,) * 4, ((0, 0, 64, 0),))
+    case = store(tmp_path, volume, volume == 2)
     dataset = SlabDataset([case], slice_table([case], ("WT",)), 1, 8, augment=False)
     assert [dataset[row, 0][1].mean().item() for row in range(4)] == [0, 0, 1, 0]
     assert dataset[2, 0][0][:, 0, 0].tolist() == [1, 2, 3]
@@ -411,9 +419,9 @@ import hashlib
 import json
 import sys
 
+from cache_v2 import prepare_cases
 from dataset_balance_v2 import BalancedSampler, SlabDataset, balance_slices, make_train_loader, slice_table
 from layouts_v2 import find_cases
-from volumes_v2 import prepare_cases
 
 if __name__ == "__main__":
     cases = prepare_cases(find_cases(sys.argv[1])[:3], ("flair",), ("WT",), sys.argv[2])

@@ -19,6 +19,8 @@ ORDER = (
     "check_v2",
     "leakage_v2",
     "volumes_v2",
+    "cache_entry_v2",
+    "cache_v2",
     "dataset_balance_v2",
     "inference_v2",
     "run_v2",

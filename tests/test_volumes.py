@@ -1,7 +1,4 @@
-"""Normalisation, the way between native grid and network input, slabs, and the cache of prepared cases."""
-
-import os
-from pathlib import Path
+"""Normalisation, the way between native grid and network input, slabs."""
 
 import numpy as np
 import pytest
@@ -9,19 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-import volumes_v2
-from cases_v2 import Case, load_case, regions_from_labels
-from layouts_v2 import find_cases
 from volumes_v2 import (
-    BRAIN_SLICE_VOXELS,
     Z_RANGE,
     brain_mask,
     fit_slices,
     gather_slab,
     normalise_volume,
     place_slices,
-    prepare_case,
-    prepare_cases,
     unfit_slices,
 )
 
@@ -337,163 +328,3 @@ def test_a_single_slice_is_its_own_neighbour():
 def test_a_slice_outside_the_volume_is_an_error(z):
     with pytest.raises(ValueError, match=str(z)):
         gather_slab(numbered_volume(2, 5), z, 1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Cache
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def case(tmp_path, write_nifti) -> Case:
-    """One case of a (8, 40, 40) head with 16 voxels of edema in slice 3 and 4 of ET in slice 4."""
-    intensities, _ = make_head()
-    labels = np.zeros((8, 40, 40), np.uint8)
-    labels[3, 18:22, 18:22] = 2
-    labels[4, 18:20, 18:20] = 4
-    write_nifti(tmp_path / "in" / "x_flair.nii.gz", intensities.astype(np.int16).transpose(2, 1, 0))
-    write_nifti(tmp_path / "in" / "x_t1.nii.gz", make_head(1)[0].astype(np.int16).transpose(2, 1, 0))
-    write_nifti(tmp_path / "in" / "x_seg.nii.gz", labels.transpose(2, 1, 0))
-    return find_cases(tmp_path / "in")[0]
-
-
-@pytest.fixture
-def cache(tmp_path) -> Path:
-    return tmp_path / "cache"
-
-
-def prepare(case: Case, cache: Path) -> volumes_v2.PreparedCase:
-    return prepare_case(case, ("flair",), ("WT", "ET"), cache)
-
-
-def test_a_prepared_case_holds_what_reading_and_normalising_give(case, cache):
-    prepared = prepare_case(case, ("flair", "t1"), ("WT", "ET"), cache)
-    loaded = load_case(case, ("flair", "t1"))
-    scores, brain_voxels = normalise_volume(loaded.volume)
-    assert prepared.volume.dtype == np.float16
-    assert isinstance(prepared.volume, np.memmap)
-    assert (prepared.volume.astype(np.float32) == scores).all()  # the same pixels with and without cache
-    assert prepared.reference.dtype == np.bool_
-    assert (prepared.reference == regions_from_labels(loaded.labels, "brats", ("WT", "ET"))).all()
-    assert prepared.brain_voxels == tuple(brain_voxels.tolist())
-    assert prepared.region_voxels == ((0, 0, 0, 16, 4, 0, 0, 0), (0, 0, 0, 0, 4, 0, 0, 0))
-    assert prepared.spacing_mm == (1.0, 1.0, 1.0)
-    assert (prepared.case_id, prepared.patient_id, prepared.cohort) == ("x", "x", "in")
-
-
-def test_the_second_time_nothing_is_decoded(case, cache, monkeypatch):
-    first = prepare(case, cache)
-
-    def decode_again(*_: object) -> None:
-        raise AssertionError("the case was decoded again")
-
-    monkeypatch.setattr(volumes_v2, "load_case", decode_again)
-    assert prepare(case, cache) == first
-
-
-def test_a_changed_file_is_read_anew(case, cache):
-    before = prepare(case, cache)
-    path = case.modalities["flair"][0]
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))  # rewritten within the same size
-    assert prepare(case, cache).folder != before.folder
-
-
-def test_a_changed_mask_is_read_anew(case, cache, write_nifti):
-    prepare(case, cache)
-    write_nifti(case.mask[0], np.full((40, 40, 8), 4, np.uint8))
-    assert sum(prepare(case, cache).region_voxels[1]) == 40 * 40 * 8
-
-
-def test_other_modalities_regions_and_channels_have_entries_of_their_own(case, cache, tmp_path, write_slices):
-    combinations = [
-        (("flair",), ("WT",)),
-        (("t1",), ("WT",)),
-        (("flair", "t1"), ("WT",)),
-        (("t1", "flair"), ("WT",)),
-        (("flair",), ("ET",)),
-        (("flair",), ("WT", "ET")),
-    ]
-    folders = {prepare_case(case, *combination, cache).folder for combination in combinations}
-    assert len(folders) == len(combinations)
-    rgb = np.random.default_rng(0).integers(0, 255, (12, 12, 3), np.uint8)
-    write_slices(tmp_path / "png", "c", {1: rgb}, {1: np.zeros((12, 12), np.uint8)})
-    volumes = [
-        prepare_case(find_cases(tmp_path / "png", ("flair",), channel)[0], ("flair",), ("WT",), cache).volume
-        for channel in (0, 1)
-    ]
-    assert (volumes[0] != volumes[1]).any()
-
-
-def test_cases_of_one_id_in_two_cohorts_do_not_share_an_entry(cache, tmp_path, write_nifti):
-    # The second is unpacked from an archive: same names, sizes and times, other voxels.
-    prepared = []
-    for folder, seed in ((tmp_path / "a", 0), (tmp_path / "b", 1)):
-        for name, array in (("flair", make_head(seed)[0]), ("seg", np.zeros((8, 40, 40), np.uint8))):
-            path = write_nifti(folder / f"x_{name}.nii", array.transpose(2, 1, 0))
-            os.utime(path, ns=(10**18, 10**18))
-        prepared.append(prepare(find_cases(folder)[0], cache))
-    assert (prepared[0].volume != prepared[1].volume).any()
-
-
-def test_a_copy_under_another_name_is_known_by_its_content(case, cache, tmp_path, write_nifti):
-    intensities, _ = make_head()
-    array = intensities.astype(np.int16).transpose(2, 1, 0)
-    for name, copied in (("copy", array), ("other", make_head(7)[0].transpose(2, 1, 0))):
-        write_nifti(tmp_path / name / f"{name}_flair.nii", copied)
-        write_nifti(tmp_path / name / f"{name}_seg.nii", np.zeros((40, 40, 8), np.uint8))
-    original, copy, other = (
-        prepare(found, cache) for found in (case, *(find_cases(tmp_path / n)[0] for n in ("copy", "other")))
-    )
-    assert original.image_sha256 == copy.image_sha256
-    assert original.image_sha256 != other.image_sha256
-
-
-def test_what_a_killed_writer_left_is_not_taken_for_an_entry(case, cache):
-    whole = prepare(case, cache)
-    half = whole.folder.with_name(f".4242.{whole.folder.name}")
-    whole.folder.rename(half)
-    (half / "facts.json").unlink()
-    (half / "volume.npy").write_bytes(b"half")
-    again = prepare(case, cache)
-    assert again.folder == whole.folder
-    assert (again.volume.astype(np.float32) == normalise_volume(load_case(case).volume)[0]).all()
-
-
-def test_a_write_that_fails_leaves_no_entry(case, cache, monkeypatch):
-    def fail(path: Path, *_: object) -> None:
-        if Path(path).name == "reference.npy":
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(np, "save", fail)
-        with pytest.raises(OSError, match="No space"):
-            prepare(case, cache)
-    assert list(cache.iterdir()) == []
-    assert prepare(case, cache).volume.shape == (1, 8, 40, 40)
-
-
-def test_of_two_writers_of_one_entry_the_first_stays(case, cache, monkeypatch):
-    read = load_case
-    others = []
-
-    def read_while_another_prepares(*arguments: object) -> object:
-        if not others:
-            others.append(None)
-            others[0] = prepare(case, cache)
-        return read(*arguments)
-
-    monkeypatch.setattr(volumes_v2, "load_case", read_while_another_prepares)
-    prepared = prepare(case, cache)
-    assert prepared == others[0]
-    assert list(cache.iterdir()) == [prepared.folder]
-    assert prepared.volume.shape == (1, 8, 40, 40)
-
-
-def test_prepared_phantoms_have_brain_tumour_and_slices_without_brain(phantom_cohort, cache):
-    prepared = prepare_cases(find_cases(phantom_cohort)[:2], ("flair",), ("WT",), cache)
-    assert [case.case_id for case in prepared] == ["BraTS2021_90000", "BraTS2021_90001"]
-    for case in prepared:
-        assert case.spacing_mm == (10.0, 5.0, 5.0)
-        assert max(case.brain_voxels) > 400
-        assert min(case.brain_voxels) < BRAIN_SLICE_VOXELS
-        assert 0 < sum(case.region_voxels[0]) < sum(case.brain_voxels) / 3
