@@ -16,7 +16,9 @@ ALLOWED = {
     "cases_v2": {"utils_v2"},
     "volumes_v2": {"cases_v2", "utils_v2"},
     "dataset_balance_v2": {"cases_v2", "plots_v2", "utils_v2", "volumes_v2"},
+    "backends_v2": {"model_drunet_v2", "utils_v2"},
     "inference_v2": {
+        "backends_v2",
         "cases_v2",
         "dataset_balance_v2",
         "model_drunet_v2",
@@ -26,6 +28,7 @@ ALLOWED = {
     },
     "run_v2": {"cases_v2", "dataset_balance_v2", "model_drunet_v2", "plots_v2", "utils_v2"},
     "train_drunet_v2": {
+        "backends_v2",
         "cases_v2",
         "dataset_balance_v2",
         "inference_v2",
