@@ -46,9 +46,10 @@ ALLOWED = {
         "utils_v2",
         "volumes_v2",
     },
+    "export_v2": {"backends_v2", "cases_v2", "inference_v2", "utils_v2", "volumes_v2"},
     "make_phantom_v2": {"utils_v2"},
 }
-COMMANDS = {"train_drunet_v2", "final_evaluation_v2", "make_phantom_v2"}
+COMMANDS = {"train_drunet_v2", "final_evaluation_v2", "make_phantom_v2", "export_v2"}
 PATHS = sorted(REPOSITORY.glob("*.py"))
 # What must be there for the network to be used elsewhere: torch, and nothing that reads files.
 MODEL_PACKAGES = {"torch"}
