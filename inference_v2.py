@@ -3,21 +3,26 @@
     python inference_v2.py --checkpoint results/RUN/best.pt --input CASE_FOLDER [MORE ...]
 
 Writes one NIfTI mask a case (labels as in the case's layout, its affine and header; PNG masks for PNG cases),
-an overlay picture a case, and `volumes.csv`. Masks are for research, not for clinical use.
+an overlay picture a case, and `volumes.csv`. While one case is computed, a thread reads the next and another
+writes the last. Masks are for research, not for clinical use.
 """
 
+import collections
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from backends_v2 import load_onnx, prepare_network
 from cases_v2 import Case, labels_from_regions, load_case, save_labels
 from dataset_balance_v2 import cases_of_split, read_split
 from layouts_v2 import LayoutName, cases_of_files, describe_cases, find_cases
@@ -36,6 +41,7 @@ from utils_v2 import (
 )
 from volumes_v2 import (
     BRAIN_SLICE_VOXELS,
+    Placement,
     fit_slices,
     gather_slab,
     normalise_volume,
@@ -45,6 +51,8 @@ from volumes_v2 import (
 
 # Test-time augmentation: the axes of (..., H, W) each view flips. A flip is its own inverse.
 VIEWS: dict[str, tuple[int, ...]] = {"identity": (), "horizontal": (-1,), "vertical": (-2,)}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,29 @@ def build_network(modalities: int, regions: int, context: int, widths: Sequence[
     return DRUNetV2(modalities * (2 * context + 1), regions, tuple(widths))
 
 
-def load_model(path: str | Path, device: torch.device, amp: bool = True) -> TrainedModel:
-    """Read a checkpoint into a network on `device`; InputError where the file or its widths do not fit."""
-    checkpoint = load_checkpoint(Path(path))
+def load_model(
+    path: str | Path,
+    device: torch.device,
+    amp: bool = True,
+    backend: Literal["auto", "torch", "onnx"] = "auto",
+) -> TrainedModel:
+    """Read a checkpoint or an ONNX file into a network on `device`, ready to predict (`prepare_network`).
+
+    Backend auto takes onnx for a file that ends in .onnx. An ONNX network computes in float32. Raises
+    InputError where the file or its widths do not fit.
+    """
+    is_onnx = Path(path).suffix == ".onnx"
+    if backend != "auto" and is_onnx != (backend == "onnx"):
+        remedy = "leave --backend out" if is_onnx else "export it with export_v2.py first"
+        raise InputError(f"{path}: not a file for --backend {backend}; {remedy}.")
+    if is_onnx:
+        network, checkpoint = load_onnx(path, device)
+        dtype = None
+    else:
+        network, checkpoint = load_checkpoint_network(path)
+        dtype = amp_dtype(device, amp)
+        network = prepare_network(network, device, dtype)
     config = checkpoint["config"]
-    network = build_network(
-        len(config["modalities"]), len(config["regions"]), config["context"], config["widths"]
-    )
-    load_weights(network, checkpoint, path)
-    network.to(device, memory_format=torch.channels_last).eval()
     return TrainedModel(
         network=network,
         modalities=tuple(config["modalities"]),
@@ -83,10 +105,21 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
         context=config["context"],
         size=config["size"],
         thresholds=tuple(checkpoint["thresholds"]),
-        device=device,
-        dtype=amp_dtype(device, amp),
+        device=torch.device("cpu") if is_onnx else device,
+        dtype=dtype,
         checkpoint=checkpoint,
     )
+
+
+def load_checkpoint_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a checkpoint as it was trained, float32 on the CPU, and the checkpoint."""
+    checkpoint = load_checkpoint(Path(path))
+    config = checkpoint["config"]
+    network = build_network(
+        len(config["modalities"]), len(config["regions"]), config["context"], config["widths"]
+    )
+    load_weights(network, checkpoint, path)
+    return network.eval(), checkpoint
 
 
 def load_weights(network: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -112,24 +145,17 @@ def predict_views(
 
     `volume` is a normalised case (C, D, H, W). Slices with fewer than 64 of `brain_voxels` (D,) are not run
     and get probability 0; None runs all. Every view is flipped back, so they are comparable voxel by voxel.
+    `batch_size` is the most slabs a forward pass, a view of a slice counting as one.
     """
-    depth, height, width = volume.shape[1:]
-    placement = place_slices(height, width, model.size)
-    probabilities = np.zeros((len(views), len(model.regions), depth, height, width), np.float32)
-    slices = [z for z in range(depth) if brain_voxels is None or brain_voxels[z] >= BRAIN_SLICE_VOXELS]
-    for start in range(0, len(slices), batch_size):
-        chosen = slices[start : start + batch_size]
-        slabs = np.stack([gather_slab(volume, z, model.context) for z in chosen]).astype(np.float32)
-        batch = torch.from_numpy(np.ascontiguousarray(fit_slices(slabs, placement))).to(model.device)
-        batch = batch.to(memory_format=torch.channels_last)
-        for index, view in enumerate(views):
-            with torch.autocast(model.device.type, model.dtype, enabled=model.dtype is not None):
-                logits = model.network(batch.flip(VIEWS[view]))  # (N, R, S, S)
-            output = torch.sigmoid(logits.float()).flip(VIEWS[view]).cpu().numpy()
-            probabilities[index][:, chosen] = unfit_slices(output, placement).transpose(1, 0, 2, 3)
+    placement = place_slices(*volume.shape[2:], model.size)
+    probabilities = np.zeros((len(views), len(model.regions), *volume.shape[1:]), np.float32)
+    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
+        for view, of_view in zip(probabilities, output.cpu().numpy(), strict=True):
+            view[:, slices] = unfit_slices(of_view, placement).transpose(1, 0, 2, 3)
     return probabilities
 
 
+@torch.inference_mode()
 def predict_volume(
     model: TrainedModel,
     volume: np.ndarray,
@@ -139,10 +165,43 @@ def predict_volume(
 ) -> np.ndarray:
     """Return probabilities (R, D, H, W) float32 of a normalised volume (C, D, H, W), on its own grid.
 
-    With `tta` the mean over identity, horizontal and vertical flip; see `predict_views`.
+    With `tta` the mean over identity, horizontal and vertical flip, taken before anything leaves the device;
+    see `predict_views`.
     """
     views = tuple(VIEWS) if tta else ("identity",)
-    return predict_views(model, volume, brain_voxels, views, batch_size).mean(0)
+    placement = place_slices(*volume.shape[2:], model.size)
+    probabilities = np.zeros((len(model.regions), *volume.shape[1:]), np.float32)
+    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
+        mean = output.mean(0).cpu().numpy()
+        probabilities[:, slices] = unfit_slices(mean, placement).transpose(1, 0, 2, 3)
+    return probabilities
+
+
+def _predict_slices(
+    model: TrainedModel,
+    volume: np.ndarray,
+    brain_voxels: Sequence[int] | None,
+    views: Sequence[str],
+    batch_size: int,
+    placement: Placement,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield slice numbers and their probabilities (V, n, R, size, size) float32, on the model's device."""
+    depth = volume.shape[1]
+    wanted = [z for z in range(depth) if brain_voxels is None or brain_voxels[z] >= BRAIN_SLICE_VOXELS]
+    at_once = max(1, batch_size // len(views))
+    for start in range(0, len(wanted), at_once):
+        slices = wanted[start : start + at_once]
+        # each slice is fitted once, not once for every slab it is in; only the volume's ends are repeated
+        first, last = max(0, slices[0] - model.context), min(depth, slices[-1] + model.context + 1)
+        fitted = fit_slices(volume[:, first:last].astype(np.float32), placement)
+        slabs = np.stack([gather_slab(fitted, z - first, model.context) for z in slices])
+        batch = torch.from_numpy(slabs).to(model.device)  # (n, C*K, S, S)
+        batch = torch.cat([batch.flip(VIEWS[view]) for view in views])  # (V*n, C*K, S, S)
+        parts = batch.contiguous(memory_format=torch.channels_last).split(batch_size)
+        with torch.autocast(model.device.type, model.dtype, enabled=model.dtype is not None):
+            logits = torch.cat([model.network(part) for part in parts])  # (V*n, R, S, S)
+        output = torch.sigmoid(logits.float()).unflatten(0, (len(views), -1))  # (V, n, R, S, S)
+        yield slices, torch.stack([part.flip(VIEWS[view]) for part, view in zip(output, views, strict=True)])
 
 
 def threshold_regions(
@@ -157,6 +216,47 @@ def threshold_regions(
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Many cases: reading, computing and writing at once
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_ahead(items: Iterable[T], read: Callable[[T], Any], ahead: int = 1) -> Iterator[Any]:
+    """Yield read(item) for each item, in order, with the next `ahead` of them being read in a thread.
+
+    An error is raised where its item would have come; nothing is read after it.
+    """
+    waiting: collections.deque[Future[Any]] = collections.deque()
+    remaining = iter(items)
+    with ThreadPoolExecutor(1, "read") as pool:
+        try:
+            for item in itertools.islice(remaining, ahead):
+                waiting.append(pool.submit(read, item))
+            while waiting:
+                ready = waiting.popleft().result()
+                waiting.extend(pool.submit(read, item) for item in itertools.islice(remaining, 1))
+                yield ready
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def write_behind(jobs: Iterable[Callable[[], T]], behind: int = 1) -> Iterator[T]:
+    """Run each job in a thread while the next is being made, and yield the results in order.
+
+    At most `behind` jobs wait or run while the next is made, so that memory is bounded. A job's error is
+    raised here; the jobs handed over before an error of `jobs` itself are finished first.
+    """
+    running: collections.deque[Future[T]] = collections.deque()
+    with ThreadPoolExecutor(1, "write") as pool:
+        for job in jobs:
+            running.append(pool.submit(job))
+            if len(running) > behind:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command: segment new cases
 # ------------------------------------------------------------------------------------------------------------
 
@@ -168,7 +268,12 @@ class InferenceConfig:
     input: tuple[str, ...] = option(
         (), "case folders, cohort folders or FLAIR files; default: the run's test cases"
     )
-    checkpoint: str | None = option(None, "best.pt of a run; default: the newest run in results/")
+    checkpoint: str | None = option(
+        None, "best.pt of a run, or an ONNX file of export_v2.py; default: the newest run in results/"
+    )
+    backend: Literal["auto", "torch", "onnx"] = option(
+        "auto", "what computes; auto: onnx for a file that ends in .onnx"
+    )
     output: str = option("predictions", "folder to write to")
     tta: bool = option(True, "average identity, horizontal and vertical flip")
     threshold: float | None = option(
@@ -186,6 +291,8 @@ def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path
     """Return the cases to segment: those named, or the held-out test cases of the checkpoint's run."""
     if not config.input:
         settings = model.checkpoint["config"]
+        if "data_dir" not in settings:
+            raise InputError(f"{checkpoint}: an exported network knows no test cases; name some by --input.")
         data_dir = settings["data_dir"]
         print(f"no --input: segmenting the held-out test cases of {data_dir}")
         layout = settings.get("layout", "auto") if config.layout == "auto" else config.layout
@@ -205,32 +312,69 @@ def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path
     return cases
 
 
+class ReadCase(NamedTuple):
+    """A case as the network and the overlay need it."""
+
+    case: Case
+    volume: np.ndarray  # (C, D, H, W) normalised
+    brain_voxels: np.ndarray  # (D,)
+    intensities: np.ndarray  # (D, H, W) of the first modality, as in the file
+    spacing_mm: tuple[float, float, float]
+
+
+def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
+    """Read and normalise one case; the other modalities' raw intensities are let go."""
+    loaded = load_case(case, modalities)
+    volume, brain_voxels = normalise_volume(loaded.volume)
+    return ReadCase(case, volume, brain_voxels, loaded.volume[0].copy(), loaded.spacing_mm)
+
+
+def write_case(
+    read: ReadCase, masks: np.ndarray, regions: Sequence[str], output: Path
+) -> list[dict[str, Any]]:
+    """Write a case's labels and overlay; return its rows of volumes.csv, one a region."""
+    case = read.case
+    written = save_labels(labels_from_regions(masks, regions), case, output)
+    overlay = output / f"{case.case_id}_overlay.png"
+    plot_overlay(overlay, case.case_id, read.intensities, masks, regions, read.spacing_mm)
+    voxel_ml = float(np.prod(read.spacing_mm)) / 1000
+    spacing = "1 mm assumed, unknown" if case.layout == "slices" else "from the file"
+    return [
+        {"case": case.case_id, "region": region, "volume_ml": round(mask.sum() * voxel_ml, 3)}
+        | {"slices": int(mask.any((1, 2)).sum()), "spacing": spacing, "mask": str(written)}
+        for region, mask in zip(regions, masks, strict=True)
+    ]
+
+
+def segment_cases(
+    config: InferenceConfig, model: TrainedModel, cases: Sequence[Case]
+) -> Iterator[list[dict[str, Any]]]:
+    """Segment cases and write their masks and overlays; yield each case's rows of volumes.csv, in order."""
+    thresholds = model.thresholds if config.threshold is None else (config.threshold,) * len(model.regions)
+
+    def compute() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+        for read in read_ahead(cases, lambda case: read_case(case, model.modalities)):
+            probabilities = predict_volume(
+                model, read.volume, read.brain_voxels, config.tta, config.batch_size
+            )
+            masks = threshold_regions(probabilities, thresholds, model.regions)
+            yield functools.partial(write_case, read, masks, model.regions, Path(config.output))
+
+    return write_behind(compute())
+
+
 def main(config: InferenceConfig) -> None:
     """Segment cases and write masks, overlays and the volume table."""
     set_seed(config.seed)
+    if config.batch_size < 1:
+        raise InputError(f"--batch-size {config.batch_size} must be at least 1.")
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_run(Path("results")) / "best.pt"
-    model = load_model(checkpoint, choose_device(config.device), config.amp)
-    thresholds = model.thresholds if config.threshold is None else (config.threshold,) * len(model.regions)
-    output = Path(config.output)
-    rows = []
+    model = load_model(checkpoint, choose_device(config.device), config.amp, config.backend)
     cases = choose_inputs(config, model, checkpoint)
+    output = Path(config.output)
     print("\n".join(describe_cases(cases)))
-    for case in tqdm(cases, desc="segmenting", unit="case"):
-        loaded = load_case(case, model.modalities)
-        volume, brain_voxels = normalise_volume(loaded.volume)
-        probabilities = predict_volume(model, volume, brain_voxels, config.tta, config.batch_size)
-        masks = threshold_regions(probabilities, thresholds, model.regions)
-        written = save_labels(labels_from_regions(masks, model.regions, case.convention), case, output)
-        overlay = output / f"{case.case_id}_overlay.png"
-        plot_overlay(overlay, case.case_id, loaded.volume[0], masks, model.regions, loaded.spacing_mm)
-        voxel_ml = float(np.prod(loaded.spacing_mm)) / 1000
-        spacing = "1 mm assumed, unknown" if case.layout == "slices" else "from the file"
-        rows += [
-            {"case": case.case_id, "region": region, "volume_ml": round(mask.sum() * voxel_ml, 3)}
-            | {"slices": int(mask.any((1, 2)).sum()), "spacing": spacing, "mask": str(written)}
-            for region, mask in zip(model.regions, masks, strict=True)
-        ]
-    table = pd.DataFrame(rows)
+    progress = tqdm(segment_cases(config, model, cases), desc="segmenting", unit="case", total=len(cases))
+    table = pd.DataFrame([row for rows in progress for row in rows])
     write_atomically(output / "volumes.csv", lambda target: table.to_csv(target, index=False))
     print(table.drop(columns="mask").to_string(index=False))
     if model.checkpoint["data_kind"] == "phantom":

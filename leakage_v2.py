@@ -275,7 +275,7 @@ def _unit_rows(cells: np.ndarray) -> np.ndarray:
 def compare_thumbnails(tested: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return the cosine similarity (n, m) of thumbnails (n, ...) to (m, ...), the highest of all poses.
 
-    The poses are the 16 turns, each as it is and moved by a cell up and down. A thumbnail of a constant volume
+    The poses are the 16 turns, each as it is and moved by a cell up and down. That of a constant volume
     is like nothing: 0 or less.
     """
     highest = np.full((len(tested), len(known)), -1.0, np.float32)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backends_v2 import prepare_network
 from cache_v2 import PreparedCase, prepare_cases
 from cases_v2 import Case, is_phantom, with_reference
 from check_v2 import write_problems
@@ -277,7 +278,7 @@ def as_trained_model(run: Run, state: TrainState) -> TrainedModel:
     """Return the weights to be validated as a model ready to predict."""
     config = run.config
     return TrainedModel(
-        network=state.evaluated.eval(),
+        network=prepare_network(state.evaluated, run.device, run.dtype),
         modalities=config.modalities,
         regions=config.regions,
         context=config.context,

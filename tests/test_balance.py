@@ -197,7 +197,7 @@ def prepared(brain_voxels: tuple[int, ...], region_voxels: tuple[tuple[int, ...]
 
 def store(folder: Path, volume: np.ndarray, reference: np.ndarray) -> PreparedCase:
     """Return the prepared case of these arrays, with 500 brain voxels a slice."""
-    facts = {"spacing_mm": (1, 1, 1), "image_sha256": "", "brain_voxels": [500] * volume.shape[1]}
+    facts = {"spacing_mm": (1, 1, 1), "fingerprint": {}, "brain_voxels": [500] * volume.shape[1]}
     facts["region_voxels"] = reference.sum((2, 3)).tolist()
     return open_entry(
         Case("x", "x", "made", "brats2021", "brats", {}, ()),

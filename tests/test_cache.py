@@ -20,8 +20,9 @@ import cache_entry_v2
 import cache_v2
 from cache_entry_v2 import bounding_box, crop_volume, pack_regions, unpack_regions, write_entry
 from cache_v2 import PreparedCase, clear_cache, open_entry, prepare_case, prepare_cases
-from cases_v2 import Case, find_cases, load_case, regions_from_labels
+from cases_v2 import Case, load_case, regions_from_labels
 from dataset_balance_v2 import BalanceConfig, main
+from layouts_v2 import find_cases
 from volumes_v2 import BRAIN_SLICE_VOXELS, gather_slab, normalise_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -61,7 +62,7 @@ def entries(cache: Path) -> set[str]:
 
 def stored(volume: np.ndarray, reference: np.ndarray, folder: Path) -> PreparedCase:
     """Return the prepared case of an entry written from arrays."""
-    facts = {"spacing_mm": (1, 1, 1), "image_sha256": "", "brain_voxels": [0] * volume.shape[1]}
+    facts = {"spacing_mm": (1, 1, 1), "fingerprint": {}, "brain_voxels": [0] * volume.shape[1]}
     facts = write_entry(folder, volume, reference, facts | {"region_voxels": reference.sum((2, 3)).tolist()})
     return open_entry(Case("x", "x", "x", "brats2021", "brats", {}, ()), folder, facts)
 
@@ -274,8 +275,8 @@ def test_a_resaved_image_is_known_by_its_content(case, cache, tmp_path, write_ni
         prepare(found, cache) for found in (case, *(find_cases(tmp_path / n)[0] for n in ("copy", "other")))
     )
     assert original.folder != copy.folder
-    assert original.image_sha256 == copy.image_sha256
-    assert original.image_sha256 != other.image_sha256
+    assert original.fingerprint == copy.fingerprint
+    assert original.fingerprint != other.fingerprint
 
 
 # ------------------------------------------------------------------------------------------------------------

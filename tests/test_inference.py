@@ -1,7 +1,8 @@
 """From a network and a volume to probabilities and masks: views, slices without brain, grids, thresholds."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+<<<<<<< HEAD
+=======
+from backends_v2 import fold_batch_norm, prepare_network
+from cases_v2 import find_cases
+>>>>>>> infer
 from dataset_balance_v2 import split_cases
 from inference_v2 import (
     VIEWS,
@@ -19,12 +25,21 @@ from inference_v2 import (
     build_network,
     choose_inputs,
     load_model,
+    main,
     predict_views,
     predict_volume,
+    read_ahead,
+    segment_cases,
     threshold_regions,
+    write_behind,
 )
+<<<<<<< HEAD
 from layouts_v2 import find_cases
 from utils_v2 import THRESHOLDS, save_checkpoint, write_json
+=======
+from model_drunet_v2 import DRUNetV2
+from utils_v2 import THRESHOLDS, InputError, save_checkpoint, write_json
+>>>>>>> infer
 
 CPU = torch.device("cpu")
 
@@ -154,9 +169,8 @@ def test_regions_and_slab_channels_keep_their_places():
 def test_slices_with_fewer_than_64_brain_voxels_are_not_run_and_get_zero():
     network = Pointwise()
     volume = make_volume(1, 6, 16, 16)
-    probabilities = predict_volume(model_of(network, 16), volume, (0, 63, 64, 200, 63, 0), batch_size=4)
-    assert network.slabs_seen == 2 * len(VIEWS)
-    assert network.batch_sizes == [2] * len(VIEWS)  # empty slices fill no batch
+    probabilities = predict_volume(model_of(network, 16), volume, (0, 63, 64, 200, 63, 0), batch_size=7)
+    assert network.batch_sizes == [2 * len(VIEWS)]  # empty slices fill no batch; views share one
     assert not probabilities[:, [0, 1, 4, 5]].any()
     # A slice that is run still sees its true neighbours, with brain or not.
     np.testing.assert_allclose(probabilities[0, 2:4], sigmoid(volume[0, 2:4]), atol=1e-6)
@@ -211,6 +225,198 @@ def test_half_precision_volumes_of_the_cache_are_taken_as_they_are():
     volume = make_volume(1, 3, 20, 20).astype(np.float16)
     model = model_of(trained_network(), 32)
     assert (predict_volume(model, volume) == predict_volume(model, volume.astype(np.float32))).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 64])
+def test_views_in_one_forward_pass_equal_views_one_by_one(batch_size):
+    volume = make_volume(1, 5, 24, 20)
+    model = model_of(trained_network(), 32)
+    one_by_one = np.concatenate([predict_views(model, volume, views=(view,)) for view in VIEWS])
+    np.testing.assert_allclose(predict_views(model, volume, batch_size=batch_size), one_by_one, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 64])
+def test_no_forward_pass_is_larger_than_the_batch_size(batch_size):
+    network = Pointwise()
+    predict_volume(model_of(network, 16), make_volume(1, 5, 16, 16), batch_size=batch_size)
+    assert max(network.batch_sizes) <= batch_size
+    assert network.slabs_seen == 15
+
+
+@pytest.mark.parametrize(("batch_size", "context"), [(1, 1), (6, 1), (9, 2), (64, 3)])
+def test_the_mean_without_keeping_views_is_the_mean_of_the_views(batch_size, context):
+    # Different slices without brain, batches that end anywhere, contexts beyond the batch and the volume.
+    brain_voxels = (0, 99, 99, 0, 0, 99, 99, 99, 0, 99)
+    volume = make_volume(1, 10, 30, 34)
+    ramp = np.arange(1024).reshape(32, 32) / 512 - 1
+    model = model_of(Pointwise((0,), ramp), 32, context)
+    views = predict_views(model, volume, brain_voxels, batch_size=64)
+    found = predict_volume(model, volume, brain_voxels, batch_size=batch_size)
+    np.testing.assert_allclose(found, views.mean(0), atol=1e-6)
+    # Channel 0 of a slab is its lowest slice, the end repeated; one row of padding above, one column cut.
+    below = np.clip(np.arange(10) - context, 0, 9)
+    for z in np.flatnonzero(brain_voxels):
+        expected = sigmoid(volume[0, below[z], :, 1:33] + ramp[1:31])
+        np.testing.assert_allclose(views[0, 0, z, :, 1:33], expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batch norm folded into the convolutions
+# ------------------------------------------------------------------------------------------------------------
+
+
+def network_with_statistics(parts: Sequence[bool], regions: int = 2) -> DRUNetV2:
+    """Return a small network whose batch norms differ from 1 and 0 in all four of their numbers."""
+    torch.manual_seed(1)
+    network = DRUNetV2(3, regions, (4, 8, 16), *parts).train()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(-1.5, 1.5)
+                module.bias.normal_()
+        for _ in range(10):
+            network(2 * torch.randn(4, 3, 32, 32) + 1)
+        network.head.weight.mul_(100)
+    return network.eval()
+
+
+PARTS = [(True,) * 4, *[tuple(part != off for part in range(4)) for off in range(4)]]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_a_folded_network_is_the_same_function(parts):
+    network = network_with_statistics(parts)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    folded = fold_batch_norm(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    slabs = 2 * torch.randn(2, 3, 32, 32) + 1
+    with torch.inference_mode():
+        expected, found = network(slabs), folded(slabs)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_network_in_training_is_folded_with_its_running_statistics():
+    network = network_with_statistics((True,) * 4)
+    slabs = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = network(slabs)
+        found = fold_batch_norm(network.train())(slabs)
+    assert network.training
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_kept_in_bfloat16_are_as_close_to_float32_as_autocast():
+    network = network_with_statistics((True,) * 4, regions=1)
+    volume = make_volume(1, 4, 30, 30)
+    exact = predict_volume(model_of(network, 32), volume)
+    mixed = dataclasses.replace(model_of(network, 32), dtype=torch.bfloat16)
+    ready = dataclasses.replace(mixed, network=prepare_network(network, CPU, torch.bfloat16))
+    assert {parameter.dtype for parameter in ready.network.parameters()} == {torch.bfloat16}
+    errors = [np.abs(predict_volume(model, volume) - exact).mean() for model in (mixed, ready)]
+    assert 0 < errors[1] < 1.5 * errors[0]
+    assert errors[1] < 0.01
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading ahead, writing behind
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_reading_ahead_keeps_the_order_and_reads_no_further_than_asked():
+    read: list[int] = []
+    started = threading.Event()
+
+    def load(item: int) -> int:
+        read.append(item)
+        if item == 2:
+            started.set()
+        return 10 * item
+
+    results = read_ahead(range(6), load, ahead=2)
+    assert next(results) == 0
+    assert started.wait(10)  # item 2 is read while the caller holds item 0
+    assert read == [0, 1, 2]
+    assert list(results) == [10, 20, 30, 40, 50]
+    assert read == list(range(6))
+    assert list(read_ahead([], load)) == []
+
+
+def test_an_error_of_the_reading_thread_arrives_where_its_item_would_have():
+    read: list[int] = []
+
+    def load(item: int) -> int:
+        read.append(item)
+        if item == 2:
+            raise InputError("case 2: cut short; download it again.")
+        return item
+
+    results = read_ahead(range(9), load)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(InputError, match="case 2"):
+        next(results)
+    assert read == [0, 1, 2]
+
+
+def test_writing_behind_keeps_the_order_and_holds_no_more_than_asked():
+    made: list[int] = []
+    go = threading.Event()
+
+    def jobs() -> Iterator[Callable[[], int]]:
+        for item in range(5):
+            made.append(item)
+            if item == 1:
+                go.set()  # job 0, still running, ends once the next is being made
+            yield lambda item=item: item if go.wait(10) else -1
+
+    results = write_behind(jobs())
+    assert next(results) == 0
+    assert made == [0, 1]
+    assert list(results) == [1, 2, 3, 4]
+
+
+def test_an_error_of_the_writing_thread_arrives_and_one_of_the_maker_lets_it_finish():
+    def fail() -> int:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        list(write_behind([lambda: 1, fail, lambda: 3]))
+
+    written: list[int] = []
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        yield lambda: written.append(1)
+        raise InputError("case 2: cut short.")
+
+    with pytest.raises(InputError):
+        list(write_behind(jobs()))
+    assert written == [1]
+
+
+def test_cases_are_segmented_in_order_and_a_damaged_one_ends_in_one_sentence(
+    phantom_cohort, tmp_path, input_error
+):
+    cases = find_cases(phantom_cohort)[:4]
+    model = model_of(Pointwise(), 48)
+    config = InferenceConfig(output=str(tmp_path / "masks"))
+    rows = [row for of_case in segment_cases(config, model, cases) for row in of_case]
+    assert [row["case"] for row in rows] == [case.case_id for case in cases]
+    assert all(Path(row["mask"]).is_file() for row in rows)
+    damaged = tmp_path / "damaged_flair.nii.gz"
+    damaged.write_bytes(cases[2].modalities["flair"][0].read_bytes()[:5000])
+    broken = dataclasses.replace(cases[2], modalities={"flair": (damaged,)})
+    config = InferenceConfig(output=str(tmp_path / "partly"))
+    with input_error(damaged):
+        list(segment_cases(config, model, [*cases[:2], broken, cases[3]]))
+    assert sorted(path.name for path in (tmp_path / "partly").glob("*.nii.gz")) == [
+        f"{case.case_id}_seg.nii.gz" for case in cases[:2]
+    ]
+
+
+def test_a_batch_size_below_one_is_named(input_error):
+    with input_error("--batch-size"):
+        main(InferenceConfig(batch_size=0))
 
 
 # ------------------------------------------------------------------------------------------------------------

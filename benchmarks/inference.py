@@ -1,0 +1,343 @@
+"""Time of a whole case, slices to probabilities with TTA: ours beside MONAI's and nnU-Net's inferers.
+
+    python -m benchmarks.inference
+
+One synthetic case of 240 x 240 x 155, the same weights, the same number format and the same three views for
+all. MONAI and nnU-Net get their input ready made, padded and with the neighbouring slices as channels; ours
+makes it within its time. nnU-Net's own four mirrored views are brought to our three; it averages logits,
+ours and MONAI's probabilities. Then each change that made ours faster, before and after, and the command on
+several files. The weights are random: time does not depend on them, agreement is checked on them.
+"""
+
+import copy
+import dataclasses
+import functools
+import importlib.util
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from backends_v2 import fold_batch_norm, prepare_network
+from benchmarks.common import print_table, time_pairs, write_result
+from cases_v2 import find_cases
+from inference_v2 import (
+    VIEWS,
+    InferenceConfig,
+    TrainedModel,
+    build_network,
+    predict_views,
+    predict_volume,
+    read_case,
+    segment_cases,
+    threshold_regions,
+    write_case,
+)
+from make_phantom_v2 import make_phantom, write_cohort
+from model_drunet_v2 import WIDTHS
+from utils_v2 import InputError, amp_dtype, choose_device, option, run_command
+from volumes_v2 import BRAIN_SLICE_VOXELS, fit_slices, gather_slab, normalise_volume, place_slices
+
+FULL_SHAPE = (155, 240, 240)
+METHODS = (
+    "ours",
+    "MONAI SliceInferer",
+    "MONAI SliceInferer, brain slices",
+    "nnU-Net 2D predictor, brain slices",
+)
+NARROW_WIDTHS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Settings of the measurement."""
+
+    widths: tuple[int, ...] | None = option(
+        None, "filters per level; default: the full network on CUDA, 16-32-64-128-256 elsewhere"
+    )
+    shape: tuple[int, ...] = option(FULL_SHAPE, "voxels of the case along D H W")
+    size: int = option(256, "height and width of the network's input")
+    repeats: int = option(5, "rounds after the warm-up, all methods in each")
+    change_slices: int = option(32, "slices in the middle of the case on which the changes are measured")
+    cases: int = option(3, "files for the command; 0 leaves it out")
+    batch_size: int = option(16, "slabs a forward pass")
+    memory_of: str | None = option(None, "run this method alone once and print the peak memory; used inside")
+    device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is compared
+# ------------------------------------------------------------------------------------------------------------
+
+
+def build_model(config: BenchmarkConfig) -> tuple[TrainedModel, nn.Module]:
+    """Return our model, ready, and the same network as it was trained, both on the device."""
+    device = choose_device(config.device)
+    dtype = amp_dtype(device, True)
+    torch.manual_seed(0)
+    widths = config.widths or (WIDTHS if device.type == "cuda" else NARROW_WIDTHS)
+    network = build_network(1, 1, 1, widths).eval()
+    with torch.no_grad():
+        network.head.weight.mul_(30)  # probabilities all over 0..1, so that agreement means something
+    model = TrainedModel(
+        network=prepare_network(network, device, dtype),
+        modalities=("flair",),
+        regions=("WT",),
+        context=1,
+        size=config.size,
+        thresholds=(0.5,),
+        device=device,
+        dtype=dtype,
+        checkpoint={},
+    )
+    return model, network.to(device, memory_format=torch.channels_last)
+
+
+class Mixed(nn.Module):
+    """A network that brings its own autocast, so that every method computes in one number format."""
+
+    def __init__(self, network: nn.Module, model: TrainedModel) -> None:
+        super().__init__()
+        self.network = network
+        self.model = model
+
+    def forward(self, slabs: Tensor) -> Tensor:
+        """Return the logits in float32."""
+        dtype = self.model.dtype
+        with torch.autocast(self.model.device.type, dtype, enabled=dtype is not None):
+            return self.network(slabs).float()
+
+
+def make_slabs(model: TrainedModel, volume: np.ndarray) -> Tensor:
+    """Return the padded slabs of a volume (1, D, H, W) as one "volume" with channels, (3, D, S, S)."""
+    fitted = fit_slices(volume, place_slices(*volume.shape[2:], model.size))
+    return torch.from_numpy(np.stack([gather_slab(fitted, z, 1) for z in range(fitted.shape[1])], axis=1))
+
+
+@torch.inference_mode()
+def predict_with_monai(network: nn.Module, slabs: Tensor, model: TrainedModel, batch_size: int) -> np.ndarray:
+    """Return probabilities (R, D, S, S): SliceInferer called once for each of the three views."""
+    from monai.inferers import SliceInferer
+
+    inferer = SliceInferer(roi_size=(model.size, model.size), sw_batch_size=batch_size, spatial_dim=0)
+    slabs = slabs.to(model.device)[None]
+    views = [torch.sigmoid(inferer(slabs.flip(axes), network)).flip(axes) for axes in VIEWS.values()]
+    return torch.stack(views).mean(0)[0].cpu().numpy()
+
+
+def make_nnunet(network: nn.Module, model: TrainedModel) -> Callable[[Tensor], np.ndarray] | None:
+    """Return a function from slabs to probabilities (R, D, S, S) by nnU-Net's 2D predictor, or None."""
+    try:
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    except ImportError:
+        return None
+
+    class ThreeViews(nnUNetPredictor):
+        """The predictor with our views in place of its four."""
+
+        def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
+            return sum(self.network(x.flip(axes)).flip(axes) for axes in VIEWS.values()) / len(VIEWS)
+
+    predictor = ThreeViews(device=model.device, allow_tqdm=False)
+    predictor.network = network
+    # of its plans, the sliding window asks for these two alone
+    predictor.configuration_manager = type("Configuration", (), {"patch_size": (model.size, model.size)})
+    predictor.label_manager = type("Labels", (), {"num_segmentation_heads": 1})
+    return lambda slabs: (
+        torch.sigmoid(predictor.predict_sliding_window_return_logits(slabs).float()).cpu().numpy()
+    )
+
+
+def make_methods(config: BenchmarkConfig) -> dict[str, Callable[[], np.ndarray] | None]:
+    """Return every method of METHODS as a function of nothing, on one case; None where not installed."""
+    model, plain = build_model(config)
+    network = Mixed(plain, model)
+    volume, brain_voxels = load_phantom(config)
+    nnunet = make_nnunet(network, model)
+    batch = config.batch_size
+    with_brain = np.flatnonzero(brain_voxels >= BRAIN_SLICE_VOXELS)
+
+    @functools.cache  # made in the warm-up, and only where a method asks for it
+    def slabs() -> Tensor:
+        return make_slabs(model, volume)
+
+    def middle() -> Tensor:
+        return slabs()[:, with_brain[0] : with_brain[-1] + 1]
+
+    methods: tuple[Callable[[], np.ndarray] | None, ...] = (
+        lambda: predict_volume(model, volume, brain_voxels, True, batch),
+        (lambda: predict_with_monai(network, slabs(), model, batch)) if is_installed("monai") else None,
+        (lambda: predict_with_monai(network, middle(), model, batch)) if is_installed("monai") else None,
+        (lambda: nnunet(middle())) if nnunet else None,
+    )
+    return dict(zip(METHODS, methods, strict=True))
+
+
+def is_installed(package: str) -> bool:
+    """Tell whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def load_phantom(config: BenchmarkConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return a normalised phantom (1, D, H, W) that fills BraTS's field of view, and its brain voxels."""
+    spacing_mm = tuple(full / asked for full, asked in zip(FULL_SHAPE, config.shape, strict=True))
+    flair = make_phantom(0, config.shape, spacing_mm).modalities["flair"]
+    return normalise_volume(flair[None].astype(np.float32))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------------------------------------
+
+
+def measure_memory(name: str) -> float:
+    """Return the peak resident memory in GiB of a process of its own that runs one method once.
+
+    NaN where the method is not installed. Called while this process is small: a child starts with its
+    parent's peak.
+    """
+    command = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:], "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def own_peak_gib() -> float:
+    """Return the peak resident memory of this process in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def compare(functions: dict[str, Callable[[], Any]], reference: str, repeats: int) -> list[dict[str, Any]]:
+    """Return a row per function: median seconds, their range, and the median of its ratio to `reference`."""
+    seconds = time_pairs(functions, repeats)
+    rows = []
+    for name, values in seconds.items():
+        ratios = np.divide(values, seconds[reference])
+        row = {"what": name, "seconds": float(np.median(values))}
+        row |= {"min": min(values), "max": max(values), f"times {reference}": float(np.median(ratios))}
+        rows.append(row | {"ratio_min": float(ratios.min()), "ratio_max": float(ratios.max())})
+    return rows
+
+
+def compare_methods(config: BenchmarkConfig) -> list[dict[str, Any]]:
+    """Return the rows of the whole-case comparison, with peak memory and agreement with ours."""
+    memory = {name: measure_memory(name) for name in METHODS}
+    methods = make_methods(config)
+    installed = {name: method for name, method in methods.items() if method}
+    ours = installed["ours"]()
+    placement = place_slices(*config.shape[1:], config.size)
+    slices = np.flatnonzero(ours.any((0, 2, 3)))
+    rows = compare(installed, "ours", config.repeats)
+    for row in rows:
+        found = installed[row["what"]]()
+        if row["what"] != "ours":
+            found = found[:, slices] if found.shape[1] == len(ours[0]) else found
+            padding = [
+                (side - edge) // 2 for side, edge in zip(found.shape[2:], placement.inner, strict=True)
+            ]
+            top, left = padding
+            found = found[..., top : top + placement.inner[0], left : left + placement.inner[1]]
+            row["largest_difference"] = float(np.abs(found - ours[:, slices]).max())
+        row["peak_gib"] = memory[row["what"]]
+    missing = [{"what": name, "note": "not installed"} for name, method in methods.items() if not method]
+    return rows + missing
+
+
+def compare_changes(config: BenchmarkConfig) -> list[list[dict[str, Any]]]:
+    """Return a pair of rows, before and after, for each change to the way a case is computed."""
+    model, plain = build_model(config)
+    volume, brain_voxels = load_phantom(config)
+    first = max(0, (len(brain_voxels) - config.change_slices) // 2)
+    part = volume[:, first : first + config.change_slices]
+    folded = fold_batch_norm(copy.deepcopy(plain)).to(memory_format=torch.channels_last)
+    of = {
+        "batch norm apart": dataclasses.replace(model, network=plain),
+        "batch norm folded": dataclasses.replace(model, network=folded),
+        "weights kept in bfloat16": model,
+    }
+    batch = config.batch_size
+
+    def predict(name: str, tta: bool = False) -> Callable[[], np.ndarray]:
+        return lambda: predict_volume(of[name], part, None, tta, batch)
+
+    def view_by_view() -> np.ndarray:
+        return np.mean([predict_views(model, part, None, (view,), batch)[0] for view in VIEWS], axis=0)
+
+    pairs: list[dict[str, Callable[[], Any]]] = [
+        {name: predict(name) for name in ("batch norm apart", "batch norm folded")},
+        {name: predict(name) for name in ("batch norm folded", "weights kept in bfloat16")},
+        {"view by view": view_by_view, "all views in one pass": predict("weights kept in bfloat16", True)},
+        {
+            "all slices": lambda: predict_volume(model, volume, None, False, batch),
+            "slices with brain": lambda: predict_volume(model, volume, brain_voxels, False, batch),
+        },
+    ]
+    if model.dtype is None:
+        del pairs[1]
+    return [compare(pair, next(iter(pair)), config.repeats) for pair in pairs]
+
+
+def compare_command(config: BenchmarkConfig) -> list[dict[str, Any]]:
+    """Return the rows of the command on several files: one thing after another, and side by side."""
+    model, _ = build_model(config)
+    with tempfile.TemporaryDirectory() as folder:
+        spacing_mm = tuple(full / asked for full, asked in zip(FULL_SHAPE, config.shape, strict=True))
+        write_cohort(
+            Path(folder) / "cases", config.cases, 0, config.shape, spacing_mm, "internal", progress=False
+        )
+        cases = find_cases(Path(folder) / "cases", model.modalities)
+        settings = InferenceConfig(output=f"{folder}/masks", tta=False, batch_size=config.batch_size)
+
+        def one_after_another() -> None:
+            for case in cases:
+                read = read_case(case, model.modalities)
+                probabilities = predict_volume(
+                    model, read.volume, read.brain_voxels, False, config.batch_size
+                )
+                masks = threshold_regions(probabilities, model.thresholds, model.regions)
+                write_case(read, masks, model.regions, Path(settings.output))
+
+        functions = {
+            "one after another": one_after_another,
+            "read, compute, write at once": lambda: list(segment_cases(settings, model, cases)),
+        }
+        return compare(functions, "one after another", config.repeats)
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Measure, print the tables and write the JSON."""
+    if config.memory_of is not None:
+        if config.memory_of not in METHODS:
+            raise InputError(f"--memory-of {config.memory_of}: not one of {', '.join(METHODS)}.")
+        method = make_methods(config)[config.memory_of]
+        if method:
+            method()
+        print(own_peak_gib() if method else float("nan"))
+        return
+    whole = compare_methods(config)
+    print_table(whole)
+    changes = compare_changes(config)
+    for pair in changes:
+        print_table(pair)
+    command = compare_command(config) if config.cases else []
+    if command:
+        print_table(command)
+    content = {
+        "settings": dataclasses.asdict(config),
+        "case": whole,
+        "changes": changes,
+        "command_rows": command,
+    }
+    print(write_result("inference", content))
+
+
+if __name__ == "__main__":
+    run_command(main, BenchmarkConfig, "Time a whole case against MONAI's and nnU-Net's inferers.")

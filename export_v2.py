@@ -1,0 +1,177 @@
+"""Export a trained network to ONNX or torch.export, and check the file against the network.
+
+    python export_v2.py --checkpoint results/RUN/best.pt --output model.onnx
+    python inference_v2.py --checkpoint model.onnx --input CASE_FOLDER
+
+The file holds the network in float32 with batch norm folded: input "slab" (N, C*K, size, size), output
+"logits" (N, R, size, size), any N; a region's probability is the sigmoid of its logit. What a user must know
+beside the weights (modalities, regions, context, size, thresholds, post-processing, the checkpoint's SHA-256)
+is in the file: in ONNX as metadata properties, each a JSON value, in torch.export as metadata.json. Of the
+two ways to a torch file, torch.export and TorchScript, torch itself has deprecated the second.
+"""
+
+import dataclasses
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from backends_v2 import ONNX_FORMAT, load_onnx
+from cases_v2 import find_cases, load_case
+from inference_v2 import (
+    TrainedModel,
+    load_model,
+    predict_volume,
+    threshold_regions,
+)
+from utils_v2 import (
+    InputError,
+    dice_score,
+    file_sha256,
+    newest_run,
+    option,
+    run_command,
+    set_seed,
+    write_atomically,
+)
+from volumes_v2 import Z_RANGE, normalise_volume
+
+OPSET = 18
+CPU = torch.device("cpu")
+# What goes into the file of a checkpoint. Never the data's place or the patients' ids.
+KEPT = ("thresholds", "post_processing", "data_kind", "epoch", "validation_dice")
+KEPT_SETTINGS = ("modalities", "regions", "context", "size", "widths")
+TOLERANCE = 1e-4  # of probabilities, between the network and its export
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of the export."""
+
+    checkpoint: str | None = option(None, "best.pt of a run; default: the newest run in results/")
+    format: Literal["onnx", "torch-export"] = option("onnx", "format of the file")
+    output: str | None = option(None, "file to write; default: model.onnx or model.pt2 beside the checkpoint")
+    check_input: str | None = option(None, "case folder to check the export on; default: one batch of noise")
+    seed: int = option(0, "seed of the noise")
+
+
+def describe_checkpoint(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return what an exported file says of itself, as plain values."""
+    config = {name: checkpoint["config"][name] for name in KEPT_SETTINGS}
+    kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
+    return {"config": config, **kept, "opset": OPSET, "checkpoint_sha256": file_sha256(path)}
+
+
+def trace_network(network: nn.Module, in_channels: int, size: int) -> torch.export.ExportedProgram:
+    """Return the graph of a network with a free batch size and slabs of (in_channels, size, size)."""
+    slabs = torch.zeros(2, in_channels, size, size)
+    return torch.export.export(network, (slabs,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def write_onnx(program: torch.export.ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
+    """Write a graph as one ONNX file; InputError where a package is missing."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401, torch's exporter imports it late and fails with a traceback
+    except ImportError as error:
+        raise InputError(
+            f"--format onnx: the package {error.name} is missing; pip install onnx onnxscript."
+        ) from error
+    exported = torch.onnx.export(
+        program,
+        input_names=["slab"],
+        output_names=["logits"],
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    model = exported.model_proto
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    properties = {name: json.dumps(value) for name, value in metadata.items()}
+    onnx.helper.set_model_props(model, {"format": ONNX_FORMAT, **properties})
+    write_atomically(path, lambda target: onnx.save(model, str(target)))
+
+
+def write_program(program: torch.export.ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
+    """Write a graph as a torch.export file; `torch.export.load(path).module()` needs no code of ours."""
+    extra = {"metadata.json": json.dumps(metadata)}
+    write_atomically(path, lambda target: torch.export.save(program, str(target), extra_files=extra))
+
+
+def load_export(path: Path, like: TrainedModel) -> TrainedModel:
+    """Return `like` with the network of an exported file in place of its own."""
+    if path.suffix == ".onnx":
+        return dataclasses.replace(like, network=load_onnx(path, CPU)[0])
+    return dataclasses.replace(like, network=torch.export.load(str(path)).module())
+
+
+def compare_on_noise(model: TrainedModel, exported: TrainedModel, in_channels: int, seed: int) -> float:
+    """Return the largest difference of probabilities over three slabs of noise in the range of real ones."""
+    draw = np.random.default_rng(seed).uniform(*Z_RANGE, (3, in_channels, model.size, model.size))
+    slabs = torch.from_numpy(draw.astype(np.float32))
+    with torch.inference_mode():
+        expected, found = (torch.sigmoid(each.network(slabs)) for each in (model, exported))
+    return float((expected - found).abs().max())
+
+
+def compare_on_case(
+    model: TrainedModel, exported: TrainedModel, folder: str
+) -> tuple[float, dict[str, float]]:
+    """Return the largest difference of a case's probabilities, with TTA, and its masks' Dice by region."""
+    volume, brain_voxels = normalise_volume(
+        load_case(find_cases(folder, model.modalities)[0], model.modalities).volume
+    )
+    expected, found = (predict_volume(each, volume, brain_voxels) for each in (model, exported))
+    masks = [threshold_regions(each, model.thresholds, model.regions) for each in (expected, found)]
+    dice = {region: dice_score(*pair) for region, *pair in zip(model.regions, *masks, strict=True)}
+    return float(np.abs(expected - found).max()), dice
+
+
+def check_export(model: TrainedModel, path: Path, config: ExportConfig, in_channels: int) -> None:
+    """Run the file beside the network and print how far apart they are; RuntimeError beyond TOLERANCE."""
+    try:
+        exported = load_export(path, model)
+    except InputError as error:
+        print(f"not checked: {error}")
+        return
+    if config.check_input:
+        difference, dice = compare_on_case(model, exported, config.check_input)
+        agreement = ", ".join(f"{region} {value:.6f}" for region, value in dice.items())
+        print(f"{config.check_input}: Dice of the two masks {agreement}")
+    else:
+        difference = compare_on_noise(model, exported, in_channels, config.seed)
+    print(f"largest difference of probabilities between the network and the file: {difference:.1e}")
+    if difference > TOLERANCE:
+        raise RuntimeError(f"{path}: differs from the network by {difference:.1e}, more than {TOLERANCE:.0e}")
+
+
+def main(config: ExportConfig) -> None:
+    """Write the export and check it."""
+    set_seed(config.seed)
+    checkpoint = Path(config.checkpoint) if config.checkpoint else newest_run(Path("results")) / "best.pt"
+    suffix = ".onnx" if config.format == "onnx" else ".pt2"
+    path = Path(config.output) if config.output else checkpoint.with_name(f"model{suffix}")
+    if path.suffix != suffix:
+        raise InputError(f"--output {path}: a file of --format {config.format} ends in {suffix}.")
+    model = load_model(checkpoint, CPU, amp=False, backend="torch")
+    metadata = describe_checkpoint(checkpoint, model.checkpoint)
+    in_channels = len(model.modalities) * (2 * model.context + 1)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself, nothing a user could act on
+        program = trace_network(model.network, in_channels, model.size)
+        (write_onnx if config.format == "onnx" else write_program)(program, metadata, path)
+        kind = f"ONNX, opset {OPSET}" if config.format == "onnx" else "torch.export"
+        print(f"{path}: {kind}, slab (any N, {in_channels}, {model.size}, {model.size}), float32")
+        check_export(model, path, config, in_channels)
+
+
+if __name__ == "__main__":
+    run_command(main, ExportConfig, "Export a trained network to ONNX or torch.export and check the file.")
