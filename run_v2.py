@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cases_v2 import Case
 from dataset_balance_v2 import DEMO_DATA, choose_data_dir, read_split, split_cases
+from distributed_v2 import from_main, is_main, world_size
 from model_drunet_v2 import WIDTHS
 from plots_v2 import plot_curves
 from utils_v2 import InputError, load_checkpoint, option, write_atomically, write_json
@@ -43,7 +44,7 @@ class TrainConfig:
     slabs_per_epoch: int | None = option(
         None, "slabs drawn per epoch; default: as many as there are training slices"
     )
-    batch_size: int = option(16, "slabs a step")
+    batch_size: int = option(16, "slabs a step, on each rank under torchrun")
     accumulate: int = option(1, "steps whose gradients are added up before the weights move")
     learning_rate: float = option(1e-4, "AdamW learning rate after warm-up")
     min_learning_rate: float = option(1e-5, "learning rate after the drop")
@@ -61,6 +62,10 @@ class TrainConfig:
     amp: bool = option(
         True, "mixed precision: bfloat16, or float16 with loss scaling, where the device has it"
     )
+    compile: bool = option(False, "compile the network with torch.compile; where that fails, go on without")
+    checkpointing: bool = option(False, "compute activations anew in the backward pass: less memory, slower")
+    sync_batchnorm: bool = option(False, "batch statistics over the slabs of all ranks, under torchrun")
+    probe: bool = option(True, "say before the first epoch what memory a step of full size needs")
     workers: int = option(2, "loader processes; 0 loads in the training process")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
     seed: int = option(0, "seed of weights, split, draws and augmentation")
@@ -78,7 +83,8 @@ DEMO: dict[str, Any] = {
     "ema": 0.98,
 }
 # What a resumed run may change: how long it goes on and where, never what it computes.
-RESUMABLE = ("resume", "epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir")
+RESUMABLE = ("resume", "epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "compile")
+RESUMABLE += ("checkpointing", "probe")
 
 
 def prepare_config(config: TrainConfig) -> TrainConfig:
@@ -101,7 +107,8 @@ def prepare_config(config: TrainConfig) -> TrainConfig:
 def resume_config(config: TrainConfig) -> TrainConfig:
     """Return the settings of the run in --resume; InputError where the command line contradicts them."""
     folder = Path(config.resume)
-    saved = load_checkpoint(folder / "last.pt")["config"]
+    checkpoint = load_checkpoint(folder / "last.pt")
+    saved = checkpoint["config"]
     saved = TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
     for field in dataclasses.fields(TrainConfig):
         asked = getattr(config, field.name)
@@ -110,6 +117,7 @@ def resume_config(config: TrainConfig) -> TrainConfig:
             raise InputError(
                 f"{flag} {asked}: {folder} was trained with {getattr(saved, field.name)}; leave the flag out."
             )
+    saved = share_batch(saved, checkpoint.get("ranks", 1), world_size(), folder)
     kept = {
         name: getattr(config, name)
         for name in RESUMABLE
@@ -117,6 +125,23 @@ def resume_config(config: TrainConfig) -> TrainConfig:
     }
     place = {"results_dir": str(folder.parent), "run": folder.name}
     return dataclasses.replace(saved, **{"max_minutes": config.max_minutes, **kept, **place})
+
+
+def share_batch(config: TrainConfig, before: int, now: int, folder: Path) -> TrainConfig:
+    """Return settings by which `now` ranks move the weights after as many slabs as `before` ranks did.
+
+    Where it can, --accumulate changes and the batch on each rank stays; else that batch. InputError where the
+    slabs cannot be shared equally.
+    """
+    if (config.accumulate * before) % now == 0:
+        return dataclasses.replace(config, accumulate=config.accumulate * before // now)
+    if (config.batch_size * before) % now == 0:
+        return dataclasses.replace(config, batch_size=config.batch_size * before // now)
+    slabs = config.batch_size * config.accumulate * before
+    raise InputError(
+        f"--nproc-per-node: {now} ranks cannot share the {slabs} slabs "
+        f"after which {folder} moves its weights; resume it on {before} rank(s) or another divisor."
+    )
 
 
 def choose_split(config: TrainConfig, cases: Sequence[Case], folder: Path) -> dict[str, Any]:
@@ -133,18 +158,23 @@ class Log:
 
     def __init__(self, folder: Path, resumed: bool) -> None:
         self.folder = folder
+        self.writes = is_main()
         self.rows: list[dict[str, Any]] = []
         if resumed and (folder / "log.csv").exists():
             self.rows = pd.read_csv(folder / "log.csv").to_dict("records")
 
     def say(self, line: str) -> None:
-        """Print a line and append it to train.log."""
+        """Print a line and append it to train.log; the main rank alone does, as with `add`."""
+        if not self.writes:
+            return
         tqdm.write(line)
         with (self.folder / "train.log").open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def add(self, row: dict[str, Any], title: str) -> None:
         """Append an epoch to log.csv and draw the curves anew."""
+        if not self.writes:
+            return
         self.rows.append(row)
         table = pd.DataFrame(self.rows)
         write_atomically(self.folder / "log.csv", lambda target: table.to_csv(target, index=False))
@@ -152,7 +182,10 @@ class Log:
 
 
 class Clock:
-    """The wall clock of one command: minutes spent, and whether --max-minutes leaves time for more steps."""
+    """The wall clock of one command: minutes spent, and whether --max-minutes leaves time for more steps.
+
+    With a limit, the main rank's clock is every rank's: all must ask `is_out` and `share` together.
+    """
 
     def __init__(self, max_minutes: float | None) -> None:
         self.started = time.monotonic()
@@ -165,8 +198,10 @@ class Clock:
 
     def is_out(self) -> bool:
         """Tell whether it is time to validate and end."""
-        return self.max_minutes is not None and self.minutes() + self.reserved_s / 60 >= self.max_minutes
+        if self.max_minutes is None:
+            return False
+        return from_main(self.minutes() + self.reserved_s / 60 >= self.max_minutes)
 
     def share(self) -> float:
         """Return the share of --max-minutes that is over; 0 without a limit."""
-        return self.minutes() / self.max_minutes if self.max_minutes else 0.0
+        return from_main(self.minutes() / self.max_minutes) if self.max_minutes else 0.0
