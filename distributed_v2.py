@@ -1,6 +1,6 @@
 """Several processes, one run: what a script needs to say when torchrun started it, and nothing without it.
 
-    torchrun --nproc-per-node 2 train_drunet_v2.py --data-dir data/BraTS2021 --batch-size 8
+    torchrun --nproc-per-node 2 -- train_drunet_v2.py --data-dir data/BraTS2021 --batch-size 8
 
 Every function works in a lone process too, where it does nothing or gives its argument back. Rank 0 is the
 main rank: it alone writes and prints. Small facts (settings, clock, scores) travel between processors by
@@ -10,6 +10,7 @@ gloo, gradients between graphics cards by nccl, so no fact makes a card wait.
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -187,9 +188,12 @@ def wrap_network(network: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return network
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        # newer versions of torch have another name for broadcast_buffers, older ones this alone
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def keep_gradients(network: nn.Module, keep: bool) -> contextlib.AbstractContextManager[None]:

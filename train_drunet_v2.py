@@ -3,7 +3,7 @@
     python train_drunet_v2.py                                the demo: phantoms, minutes on a CPU
     python train_drunet_v2.py --data-dir data/BraTS2021      the real thing
     python train_drunet_v2.py --resume results/RUN           go on where a run stopped
-    torchrun --nproc-per-node 2 train_drunet_v2.py ...       the same on two GPUs, --batch-size on each
+    torchrun --nproc-per-node 2 -- train_drunet_v2.py ...    the same on two GPUs, --batch-size on each
 
 A run is a folder in results/ that explains itself; results/README.md says what it holds.
 """
