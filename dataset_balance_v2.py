@@ -360,22 +360,29 @@ class SlabDataset(Dataset):
 
 
 class BalancedSampler(Sampler):
-    """Draws rows of the slice table by their weights, with replacement, anew and seeded in each epoch."""
+    """Draws rows of the slice table by their weights, with replacement, anew and seeded in each epoch.
 
-    def __init__(self, weights: np.ndarray, draws: int, seed: int) -> None:
+    Of several ranks each takes every `ranks`-th draw of one order, equally many: no draw is taken twice, and
+    two ranks at batch 8 see in each step what one sees at batch 16.
+    """
+
+    def __init__(self, weights: np.ndarray, draws: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self.weights = weights
         self.draws = draws
         self.seed = seed
+        self.rank = rank
+        self.ranks = ranks
         self.epoch = 0  # set before each pass
 
     def __len__(self) -> int:
-        return self.draws
+        return self.draws // self.ranks
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
         rows = generator.choice(len(self.weights), self.draws, p=self.weights)
         seeds = generator.integers(0, 2**31, self.draws)
-        return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+        mine = slice(self.rank, len(self) * self.ranks, self.ranks)
+        return iter(zip(rows[mine].tolist(), seeds[mine].tolist(), strict=True))
 
 
 def start_worker(_: int) -> None:

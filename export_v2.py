@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from backends_v2 import ONNX_FORMAT, load_onnx
-from cases_v2 import find_cases, load_case
+from cases_v2 import load_case
 from inference_v2 import (
     TrainedModel,
     load_model,
     predict_volume,
     threshold_regions,
 )
+from layouts_v2 import find_cases
 from utils_v2 import (
     InputError,
     dice_score,

@@ -334,7 +334,7 @@ def write_case(
 ) -> list[dict[str, Any]]:
     """Write a case's labels and overlay; return its rows of volumes.csv, one a region."""
     case = read.case
-    written = save_labels(labels_from_regions(masks, regions), case, output)
+    written = save_labels(labels_from_regions(masks, regions, case.convention), case, output)
     overlay = output / f"{case.case_id}_overlay.png"
     plot_overlay(overlay, case.case_id, read.intensities, masks, regions, read.spacing_mm)
     voxel_ml = float(np.prod(read.spacing_mm)) / 1000

@@ -13,12 +13,14 @@ Run as a command it prints parameters, GFLOP per slab and activation memory:
     python model_drunet_v2.py --widths 64 128 256 512 1024
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from utils_v2 import InputError, option, run_command
 
@@ -133,12 +135,27 @@ class DecoderLevel(nn.Module):
         return self.refine(F.relu(self.norm(x), inplace=True))  # (N, C, H, W)
 
 
+@contextlib.contextmanager
+def pause_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep batch norm's running statistics as they are, in a forward pass that repeats an earlier one."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
 class DRUNetV2(nn.Module):
     """The network: slabs (N, in_channels, H, W) -> logits (N, num_regions, H, W), one sigmoid per region.
 
     `widths` are the filters of each level, the last one the bottleneck. H and W must be multiples of 2 **
     (levels - 1), 16 by default; ValueError otherwise. `use_se`, `use_attention`, `dilated` and `residual`
-    switch off one part each, for ablations.
+    switch off one part each, for ablations. With the attribute `checkpointing` on, a training step keeps the
+    levels' outputs alone and computes what is between them anew in the backward pass (Chen et al. 2016, arXiv
+    1604.06174): the same function and gradients in less memory and more time.
     """
 
     def __init__(
@@ -158,6 +175,7 @@ class DRUNetV2(nn.Module):
             raise ValueError(f"in_channels {in_channels} and num_regions {num_regions} must be positive")
         self.in_channels = in_channels
         self.multiple = 2 ** (len(widths) - 1)
+        self.checkpointing = False
         dilations = (1, 2) if dilated else (1, 1)
         inputs = (in_channels, *widths[:-1])
         self.encoder = nn.ModuleList(
@@ -190,13 +208,30 @@ class DRUNetV2(nn.Module):
         if slab.shape[2] % self.multiple or slab.shape[3] % self.multiple:
             raise ValueError(f"H and W must be multiples of {self.multiple}, got {tuple(slab.shape[2:])}")
         skips = []
-        x = self.encoder[0](slab)  # (N, 64, H, W)
+        x = self.run_level(self.encoder[0], slab)  # (N, 64, H, W)
         for level in self.encoder[1:]:
             skips.append(x)
-            x = level(F.max_pool2d(x, 2))  # (N, 128, H/2, W/2) ... (N, 1024, H/16, W/16)
+            x = self.run_level(level, x, pooled=True)  # (N, 128, H/2, W/2) ... (N, 1024, H/16, W/16)
         for level in self.decoder:
-            x = level(x, skips.pop())  # (N, 512, H/8, W/8) ... (N, 64, H, W)
+            x = self.run_level(level, x, skips.pop())  # (N, 512, H/8, W/8) ... (N, 64, H, W)
         return self.head(x)  # (N, R, H, W)
+
+    def run_level(self, level: nn.Module, x: Tensor, *skip: Tensor, pooled: bool = False) -> Tensor:
+        """Return a level's output, x max-pooled before it where `pooled` says so."""
+
+        def run(x: Tensor, *skip: Tensor) -> Tensor:
+            return level(F.max_pool2d(x, 2) if pooled else x, *skip)
+
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return run(x, *skip)
+        return checkpoint(
+            run,
+            x,
+            *skip,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in a level is drawn
+            context_fn=lambda: (contextlib.nullcontext(), pause_statistics(level)),
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,29 +258,55 @@ def count_flops(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
 
 
 def measure_activation_bytes(
-    model: nn.Module, shape: tuple[int, int, int, int], bytes_per_value: int = 2
+    model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None = torch.bfloat16
 ) -> int:
-    """Return the bytes autograd keeps for the backward pass of a training step on `shape`, weights left out.
+    """Return the bytes autograd keeps between forward and backward pass of a training step on `shape`.
 
-    Each storage counts once. Measured in float32 and scaled to `bytes_per_value` (2 is bfloat16 or float16).
+    Exact for autocast to `dtype` (None is float32): every storage that the saved-tensor hooks see, once, in
+    its own type. The 16-bit copies that autocast makes of the weights count, the weights do not. Weights and
+    running statistics stay as they are; what checkpointing recomputes later is not in it.
     """
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}
+    device = next(model.parameters()).device
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # by the storage's address; the tensor stays, so it is not used anew
 
     def remember(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            bytes_kept = storage.nbytes() * (bytes_per_value / 4 if tensor.dtype == torch.float32 else 1)
-            kept[storage.data_ptr()] = (
-                int(bytes_kept),
-                tensor,
-            )  # the tensor stays, so its address is not used anew
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
         return tensor
 
+    was_training = model.training
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        model(torch.zeros(shape))
-    return sum(size for size, _ in kept.values())
+    slab = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+    with (
+        pause_statistics(model),
+        torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor),
+        torch.autocast(device.type, dtype, enabled=dtype is not None),
+    ):
+        model(slab)
+    model.train(was_training)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def estimate_activation_bytes(
+    model: nn.Module,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype | None = torch.bfloat16,
+    side: int = 32,
+) -> int:
+    """Return `measure_activation_bytes` on `shape` from three small steps on side x side pixels and on twice.
+
+    Exact, as a convolutional network keeps so much once, so much a slab and so much a pixel of each slab.
+    """
+    slabs, channels, height, width = shape
+    small, larger, more = (
+        measure_activation_bytes(model, (count, channels, length, length), dtype)
+        for count, length in ((2, side), (2, 2 * side), (3, side))
+    )
+    per_pixel = (larger - small) / (2 * 3 * side**2)
+    per_slab = more - small - per_pixel * side**2
+    once = small - 2 * per_slab - 2 * per_pixel * side**2
+    return round(once + slabs * (per_slab + per_pixel * height * width))
 
 
 @dataclass(frozen=True)
@@ -273,13 +334,19 @@ def main(config: ModelConfig) -> None:
         flops = count_flops(model, shape)
     except ValueError as error:
         raise InputError(f"{error}; change --widths or --size.") from error
-    activation = measure_activation_bytes(model, (2, *shape[1:])) / 2
+    kept = []
+    for model.checkpointing in (False, True):
+        kept.append(estimate_activation_bytes(model, (16, *shape[1:]), side=2 * model.multiple) / 2**30)
+    model.checkpointing = False
     with torch.no_grad():
         output = model(torch.zeros(2, *shape[1:])).shape
     print(f"DRUNetV2, widths {'-'.join(map(str, config.widths))}, input {shape[1:]}")
     print(f"parameters           {count_parameters(model) / 1e6:.2f} million")
     print(f"forward pass         {flops / 1e9:.1f} GFLOP per slab (a multiply-add is 2)")
-    print(f"saved activations    {activation * 16 / 2**30:.2f} GiB for the backward pass, batch 16, 16 bits")
+    print(
+        f"saved activations    {kept[0]:.2f} GiB for the backward pass, batch 16, bfloat16 "
+        f"({kept[1]:.2f} with --checkpointing)"
+    )
     print(f"output               (N, {', '.join(map(str, output[1:]))})")
 
 

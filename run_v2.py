@@ -12,8 +12,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from cache_v2 import CACHE_GB
-from cases_v2 import Case
-from check_v2 import Problem, check_cohort, has_error
+from cases_v2 import Case, is_phantom, with_reference
+from check_v2 import Problem, check_cohort, has_error, write_problems
 from dataset_balance_v2 import (
     DEMO_DATA,
     SPLIT_PARTS,
@@ -22,7 +22,8 @@ from dataset_balance_v2 import (
     split_cases,
     split_sha256,
 )
-from layouts_v2 import LayoutName, find_cases
+from distributed_v2 import from_main, is_main, world_size
+from layouts_v2 import LayoutName, describe_cases, find_cases
 from leakage_v2 import find_held_out, fingerprint_modality, identify_cases
 from model_drunet_v2 import WIDTHS
 from plots_v2 import plot_curves
@@ -61,7 +62,7 @@ class TrainConfig:
     slabs_per_epoch: int | None = option(
         None, "slabs drawn per epoch; default: as many as there are training slices"
     )
-    batch_size: int = option(16, "slabs a step")
+    batch_size: int = option(16, "slabs a step, on each rank under torchrun")
     accumulate: int = option(1, "steps whose gradients are added up before the weights move")
     learning_rate: float = option(1e-4, "AdamW learning rate after warm-up")
     min_learning_rate: float = option(1e-5, "learning rate after the drop")
@@ -79,6 +80,10 @@ class TrainConfig:
     amp: bool = option(
         True, "mixed precision: bfloat16, or float16 with loss scaling, where the device has it"
     )
+    compile: bool = option(False, "compile the network with torch.compile; where that fails, go on without")
+    checkpointing: bool = option(False, "compute activations anew in the backward pass: less memory, slower")
+    sync_batchnorm: bool = option(False, "batch statistics over the slabs of all ranks, under torchrun")
+    probe: bool = option(True, "say before the first epoch what memory a step of full size needs")
     workers: int = option(2, "loader processes; 0 loads in the training process")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
     seed: int = option(0, "seed of weights, split, draws and augmentation")
@@ -97,6 +102,7 @@ DEMO: dict[str, Any] = {
 }
 # What a resumed run may change: how long it goes on and where, never what it computes.
 RESUMABLE = ("resume", "epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "cache_gb")
+RESUMABLE += ("compile", "checkpointing", "probe")
 
 
 def prepare_config(config: TrainConfig) -> TrainConfig:
@@ -119,7 +125,8 @@ def prepare_config(config: TrainConfig) -> TrainConfig:
 def resume_config(config: TrainConfig) -> TrainConfig:
     """Return the settings of the run in --resume; InputError where the command line contradicts them."""
     folder = Path(config.resume)
-    saved = load_checkpoint(folder / "last.pt")["config"]
+    checkpoint = load_checkpoint(folder / "last.pt")
+    saved = checkpoint["config"]
     saved = TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
     for field in dataclasses.fields(TrainConfig):
         asked = getattr(config, field.name)
@@ -128,6 +135,7 @@ def resume_config(config: TrainConfig) -> TrainConfig:
             raise InputError(
                 f"{flag} {asked}: {folder} was trained with {getattr(saved, field.name)}; leave the flag out."
             )
+    saved = share_batch(saved, checkpoint.get("ranks", 1), world_size(), folder)
     kept = {
         name: getattr(config, name)
         for name in RESUMABLE
@@ -148,6 +156,51 @@ def choose_cases(config: TrainConfig) -> tuple[list[Case], list[Problem]]:
     if not kept:
         raise InputError(f"{config.data_dir}: all {len(cases)} cases have errors; look at them with --check.")
     return kept, [problem for problem in problems if problem.severity == "error"]
+
+
+def share_batch(config: TrainConfig, before: int, now: int, folder: Path) -> TrainConfig:
+    """Return settings by which `now` ranks move the weights after as many slabs as `before` ranks did.
+
+    Where it can, --accumulate changes and the batch on each rank stays; else that batch. InputError where the
+    slabs cannot be shared equally.
+    """
+    if (config.accumulate * before) % now == 0:
+        return dataclasses.replace(config, accumulate=config.accumulate * before // now)
+    if (config.batch_size * before) % now == 0:
+        return dataclasses.replace(config, batch_size=config.batch_size * before // now)
+    slabs = config.batch_size * config.accumulate * before
+    raise InputError(
+        f"--nproc-per-node: {now} ranks cannot share the {slabs} slabs "
+        f"after which {folder} moves its weights; resume it on {before} rank(s) or another divisor."
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run works on, decided by the main rank."""
+
+    cases: list[Case]  # with a mask, not held out, not bad
+    split: dict[str, Any]
+    facts: dict[str, Any]  # data_kind, and the ids of those left out: held_out, skipped
+    lines: list[str]  # all of it in words
+
+
+def choose_data(config: TrainConfig, folder: Path) -> Data:
+    """Return the run's cases and split, and write into its folder who was left out and why."""
+    found, problems = choose_cases(config)
+    with_mask = with_reference(found, config.data_dir)
+    cases, held_out_lines = hold_out(config, with_mask, folder)
+    if config.skip_bad:
+        write_problems(folder / "skipped.csv", problems)
+    kept_ids = {case.case_id for case in cases}
+    lines = describe_cases(found)
+    lines += [f"left out: {problem.case or '-'}  {problem.file}: {problem.problem}" for problem in problems]
+    facts = {
+        "data_kind": "phantom" if is_phantom(with_mask[0]) else "real",
+        "held_out": [case.case_id for case in with_mask if case.case_id not in kept_ids],
+        "skipped": sorted({problem.case or problem.file for problem in problems}),
+    }
+    return Data(cases, choose_split(config, cases, folder), facts, lines + held_out_lines)
 
 
 def choose_split(config: TrainConfig, cases: Sequence[Case], folder: Path) -> dict[str, Any]:
@@ -203,18 +256,23 @@ class Log:
 
     def __init__(self, folder: Path, resumed: bool) -> None:
         self.folder = folder
+        self.writes = is_main()
         self.rows: list[dict[str, Any]] = []
         if resumed and (folder / "log.csv").exists():
             self.rows = pd.read_csv(folder / "log.csv").to_dict("records")
 
     def say(self, line: str) -> None:
-        """Print a line and append it to train.log."""
+        """Print a line and append it to train.log; the main rank alone does, as with `add`."""
+        if not self.writes:
+            return
         tqdm.write(line)
         with (self.folder / "train.log").open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def add(self, row: dict[str, Any], title: str) -> None:
         """Append an epoch to log.csv and draw the curves anew."""
+        if not self.writes:
+            return
         self.rows.append(row)
         table = pd.DataFrame(self.rows)
         write_atomically(self.folder / "log.csv", lambda target: table.to_csv(target, index=False))
@@ -222,7 +280,10 @@ class Log:
 
 
 class Clock:
-    """The wall clock of one command: minutes spent, and whether --max-minutes leaves time for more steps."""
+    """The wall clock of one command: minutes spent, and whether --max-minutes leaves time for more steps.
+
+    With a limit, the main rank's clock is every rank's: all must ask `is_out` and `share` together.
+    """
 
     def __init__(self, max_minutes: float | None) -> None:
         self.started = time.monotonic()
@@ -235,8 +296,10 @@ class Clock:
 
     def is_out(self) -> bool:
         """Tell whether it is time to validate and end."""
-        return self.max_minutes is not None and self.minutes() + self.reserved_s / 60 >= self.max_minutes
+        if self.max_minutes is None:
+            return False
+        return from_main(self.minutes() + self.reserved_s / 60 >= self.max_minutes)
 
     def share(self) -> float:
         """Return the share of --max-minutes that is over; 0 without a limit."""
-        return self.minutes() / self.max_minutes if self.max_minutes else 0.0
+        return from_main(self.minutes() / self.max_minutes) if self.max_minutes else 0.0

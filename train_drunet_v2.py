@@ -3,6 +3,7 @@
     python train_drunet_v2.py                                the demo: phantoms, minutes on a CPU
     python train_drunet_v2.py --data-dir data/BraTS2021      the real thing
     python train_drunet_v2.py --resume results/RUN           go on where a run stopped
+    torchrun --nproc-per-node 2 -- train_drunet_v2.py ...    the same on two GPUs, --batch-size on each
 
 A run is a folder in results/ that explains itself; results/README.md says what it holds.
 """
@@ -23,8 +24,7 @@ from tqdm import tqdm
 
 from backends_v2 import prepare_network
 from cache_v2 import PreparedCase, prepare_cases
-from cases_v2 import Case, is_phantom, with_reference
-from check_v2 import write_problems
+from cases_v2 import Case
 from dataset_balance_v2 import (
     BalancedSampler,
     SlabDataset,
@@ -33,11 +33,29 @@ from dataset_balance_v2 import (
     make_train_loader,
     slice_table,
 )
+from distributed_v2 import (
+    average_buffers,
+    from_main,
+    gather_shares,
+    is_main,
+    join_ranks,
+    keep_gradients,
+    local_device,
+    rank,
+    share_batchnorm,
+    share_of,
+    sum_counts,
+    sum_over_ranks,
+    wait_for_all,
+    with_one_voice,
+    world_size,
+    wrap_network,
+)
 from inference_v2 import TrainedModel, build_network, load_weights, predict_volume
-from layouts_v2 import describe_cases
 from leakage_v2 import check_parts, identify_cases, pack_identities
 from model_drunet_v2 import count_parameters
-from run_v2 import Clock, Log, TrainConfig, choose_cases, choose_split, hold_out, prepare_config
+from probe_v2 import compile_network, probe_memory
+from run_v2 import Clock, Log, TrainConfig, choose_data, prepare_config
 from utils_v2 import (
     THRESHOLDS,
     HybridFocalDiceLoss,
@@ -91,6 +109,7 @@ class TrainState:
     """What a run carries from epoch to epoch; all of it is in last.pt."""
 
     network: nn.Module
+    forward: nn.Module  # what a training step calls: the network, compiled and shared among ranks if so asked
     average: WeightAverage | None
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
@@ -136,6 +155,9 @@ def make_state(config: TrainConfig, device: torch.device, dtype: torch.dtype | N
 
     def make_network() -> nn.Module:
         network = build_network(len(config.modalities), len(config.regions), config.context, config.widths)
+        network.checkpointing = config.checkpointing
+        if config.sync_batchnorm:
+            network = share_batchnorm(network, device)
         return network.to(device, memory_format=torch.channels_last)
 
     try:
@@ -163,7 +185,22 @@ def make_state(config: TrainConfig, device: torch.device, dtype: torch.dtype | N
     )
     average = WeightAverage(network, make_network(), config.ema) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return TrainState(network, average, optimizer, scheduler, scaler)
+    return TrainState(network, network, average, optimizer, scheduler, scaler)
+
+
+def prepare_step(
+    config: TrainConfig, network: nn.Module, device: torch.device, dtype: torch.dtype | None
+) -> tuple[nn.Module, list[str]]:
+    """Return what a training step calls, and what the start-up probe and --compile have to say."""
+    shape = (config.batch_size, network.in_channels, config.size, config.size)
+    forward, lines = network, []
+    if config.probe:
+        alone = world_size() == 1 or not config.sync_batchnorm
+        lines.append(probe_memory(network, shape, device, dtype, config.accumulate, alone))
+    if config.compile:
+        forward, line = compile_network(network, shape, device, dtype)
+        lines.append(line)
+    return wrap_network(forward, device), lines
 
 
 @dataclass(frozen=True)
@@ -193,11 +230,13 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
     """Run the epoch's steps, fewer (one at least) where the clock runs out; return its loss, Dice and speed.
 
     The Dice is of the slabs drawn (augmented, balanced), pooled over the epoch, at probability 0.5: a sign of
-    progress, not a result. Counts stay on the device and are read every 10 steps.
+    progress, not a result. Counts stay on the device and are read every 10 steps. Of several ranks each runs
+    its share of every batch; the loss pools its Dice counts over them, so it is that of the whole batch.
     """
     config, device, dtype = run.config, run.device, run.dtype
     network, optimizer = state.network.train(), state.optimizer
-    loss_function = HybridFocalDiceLoss(config.focal_weight, config.dice_weight)
+    pool = sum_over_ranks if world_size() > 1 else None
+    loss_function = HybridFocalDiceLoss(config.focal_weight, config.dice_weight, pool=pool)
     warmup_steps = min(config.warmup_steps, len(loader) // config.accumulate)
     totals = torch.zeros(4, device=device)  # loss, overlap, predicted + reference voxels, steps
     figures = {"train_loss": math.nan, "train_dice": math.nan}
@@ -208,11 +247,13 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
         waited_s += time.perf_counter() - asked
         slab = slab.to(device, non_blocking=True, memory_format=torch.channels_last)
         target = target.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = network(slab)
-        loss = loss_function(logits, target)
-        state.scaler.scale(loss / config.accumulate).backward()
-        if (index + 1) % config.accumulate == 0:
+        moves = (index + 1) % config.accumulate == 0
+        with keep_gradients(state.forward, keep=not moves):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = state.forward(slab)
+            loss = loss_function(logits, target)
+            state.scaler.scale(loss / config.accumulate).backward()
+        if moves:
             if state.step < warmup_steps:
                 optimizer.param_groups[0]["lr"] = config.learning_rate * (state.step + 1) / warmup_steps
             state.scaler.unscale_(optimizer)
@@ -246,7 +287,10 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
         asked = time.perf_counter()
     progress.close()
     seconds = time.perf_counter() - start
-    return figures | {"slabs_per_second": slabs / seconds, "waiting_share": waited_s / seconds}
+    if world_size() > 1:
+        figures = _running_figures(sum_counts(totals))
+    speed = slabs * world_size() / seconds
+    return figures | {"slabs_per_second": speed, "waiting_share": waited_s / seconds}
 
 
 def _running_figures(totals: torch.Tensor) -> dict[str, float]:
@@ -257,16 +301,20 @@ def _running_figures(totals: torch.Tensor) -> dict[str, float]:
 
 
 def validate(model: TrainedModel, cases: Sequence[PreparedCase], batch_size: int) -> np.ndarray:
-    """Return Dice (cases, R, len(THRESHOLDS)) per case, region and threshold: whole volumes, no TTA."""
-    dice = np.zeros((len(cases), len(model.regions), len(THRESHOLDS)))
-    for index, case in enumerate(tqdm(cases, desc="validating", unit="case", leave=False)):
+    """Return Dice (cases, R, len(THRESHOLDS)) per case, region and threshold: whole volumes, no TTA.
+
+    Ranks share the cases; each gets the Dice of all.
+    """
+    mine = share_of(cases)
+    dice = np.zeros((len(mine), len(model.regions), len(THRESHOLDS)))
+    for index, case in enumerate(tqdm(mine, desc="validating", unit="case", leave=False)):
         probabilities = predict_volume(
             model, case.volume, case.brain_voxels, tta=False, batch_size=batch_size
         )
         for region, (probability, reference) in enumerate(zip(probabilities, case.reference, strict=True)):
             counts = overlap_at_thresholds(probability, reference, THRESHOLDS)
             dice[index, region] = [dice_from_counts(*row) for row in counts.tolist()]
-    return dice
+    return np.stack(gather_shares(list(dice)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -314,7 +362,8 @@ def finish_epoch(
     is_better = mean > state.best_dice
     if is_better:
         state.best_dice, state.best_epoch = mean, state.epoch
-        write_best(run, state, dice)
+        if is_main():
+            write_best(run, state, dice)
     state.scheduler.step(mean)
     if max(clock.share(), state.epoch / config.epochs) >= config.drop_by:
         optimizer.param_groups[0]["lr"] = min(optimizer.param_groups[0]["lr"], config.min_learning_rate)
@@ -322,9 +371,9 @@ def finish_epoch(
     row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
     row |= {f"validation_dice_{region}": float(v) for region, v in zip(config.regions, at_half, strict=True)}
     log.add(row | {"peak_memory_gb": peak_gb}, run.title)
-    save_checkpoint(
-        run.folder / "last.pt", state.to_checkpoint() | {"config": dataclasses.asdict(config)} | run.about
-    )
+    if is_main():
+        settings = {"config": dataclasses.asdict(config), "ranks": world_size()}
+        save_checkpoint(run.folder / "last.pt", state.to_checkpoint() | settings | run.about)
     scores = " ".join(f"{region} {value:.4f}" for region, value in zip(config.regions, at_half, strict=True))
     log.say(
         f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation "
@@ -358,21 +407,20 @@ def prepare_training(run: Run, cases: Sequence[Case]) -> tuple[DataLoader, list[
     chosen = {
         part: cases_of_split(cases, run.split, part, config.data_dir) for part in ("train", "validation")
     }
-    prepared = prepare_cases(
-        [*chosen["train"], *chosen["validation"]],
-        config.modalities,
-        config.regions,
-        config.cache_dir,
-        cache_gb=config.cache_gb,
-    )
+    both = [*chosen["train"], *chosen["validation"]]
+    settings = (config.modalities, config.regions, config.cache_dir)
+    if world_size() > 1:  # each rank decodes its share; below, all find everything in the cache
+        prepare_cases(share_of(both), *settings, cache_gb=config.cache_gb)
+        wait_for_all()
+    prepared = prepare_cases(both, *settings, cache_gb=config.cache_gb)
     train_cases, validation_cases = prepared[: len(chosen["train"])], prepared[len(chosen["train"]) :]
     note_seen(run, cases, chosen, prepared)
     table = slice_table(train_cases, config.regions)
     draws = config.slabs_per_epoch or len(table)
-    if draws < config.batch_size * config.accumulate:
+    if draws < config.batch_size * config.accumulate * world_size():
         raise InputError(f"{draws} slabs an epoch do not fill one step; lower --batch-size or --accumulate.")
     weights = balance_slices(table, config.tumour_share, config.empty_share)
-    sampler = BalancedSampler(weights, draws, config.seed)
+    sampler = BalancedSampler(weights, draws, config.seed, rank(), world_size())
     dataset = SlabDataset(train_cases, table, config.context, config.size)
     return make_train_loader(dataset, sampler, config.batch_size, config.workers), validation_cases
 
@@ -380,55 +428,49 @@ def prepare_training(run: Run, cases: Sequence[Case]) -> tuple[DataLoader, list[
 def main(config: TrainConfig) -> None:
     """Train, validating each epoch, until the epochs, the clock or the patience runs out."""
     clock = Clock(config.max_minutes)
-    config = prepare_config(config)
+    join_ranks()
+    config = from_main(prepare_config(config) if is_main() else config)
     clock.max_minutes = config.max_minutes
     set_seed(config.seed)
-    device = choose_device(config.device)
+    device = local_device(choose_device(config.device))
     dtype = amp_dtype(device, config.amp)
     state = make_state(config, device, dtype)
-    found, skipped = choose_cases(config)
-    with_mask = with_reference(found, config.data_dir)
+    state.forward, lines = prepare_step(config, state.network, device, dtype)
     folder = Path(config.results_dir) / config.run
     folder.mkdir(parents=True, exist_ok=True)
-    cases, held_out = hold_out(config, with_mask, folder)
-    split = choose_split(config, cases, folder)
-    data_kind = "phantom" if is_phantom(cases[0]) else "real"
-    kept_ids = {case.case_id for case in cases}
-    left_out = {"held_out": [case.case_id for case in with_mask if case.case_id not in kept_ids]}
-    about = {"data_kind": data_kind, "split_sha256": split["sha256"], **left_out}
-    run = Run(config, folder, split, device, dtype, about)
+    data = from_main(choose_data(config, folder) if is_main() else None)
+    about = {**data.facts, "split_sha256": data.split["sha256"]}
+    run = Run(config, folder, data.split, device, dtype, about)
     log = Log(folder, resumed=bool(config.resume))
     if config.resume:
         state.restore(load_checkpoint(folder / "last.pt"), folder / "last.pt")
         log.rows = log.rows[: state.epoch]
-    for line in describe_cases(found):
-        log.say(line)
-    for problem in skipped:
-        log.say(f"left out: {problem.case or '-'}  {problem.file}: {problem.problem}")
-    if config.skip_bad:
-        write_problems(folder / "skipped.csv", skipped)
-    bad = sorted({problem.case or problem.file for problem in skipped})
     made = {"command": command_line(), "hardware": describe_machine(device), "versions": describe_versions()}
-    write_json(
-        folder / "config.json",
-        {**dataclasses.asdict(config), "data_kind": data_kind, "skipped": bad, **left_out, **made},
-    )
+    made |= {"ranks": world_size()}
+    if is_main():
+        write_json(folder / "config.json", {**dataclasses.asdict(config), **data.facts, **made})
 
-    for line in held_out:
+    for line in data.lines:
         log.say(line)
-    loader, validation_cases = prepare_training(run, cases)
+    loader, validation_cases = prepare_training(run, data.cases)
     minutes_before = state.minutes
     log.say(
-        f"{run.title}; {len(found)} cases ({len(found) - len(with_mask)} without mask left out), split "
-        f"{len(split['train'])} / {len(split['validation'])} / {len(split['test'])} by patient, "
+        f"{run.title}; {len(data.cases)} cases, split {len(data.split['train'])} / "
+        f"{len(data.split['validation'])} / {len(data.split['test'])} by patient, "
         f"{len(loader.dataset)} training slices, {count_parameters(state.network) / 1e6:.2f} M parameters, "
         f"{device.type}, {str(dtype or torch.float32).removeprefix('torch.')}"
+        + (f", {world_size()} ranks" if world_size() > 1 else "")
     )
+    for line in lines:
+        log.say(line)
     started_epoch = state.epoch
     while state.epoch < config.epochs and (state.epoch == started_epoch or not clock.is_out()):
         loader.sampler.epoch = state.epoch
         figures = train_one_epoch(run, state, loader, clock)
         begun = time.monotonic()
+        average_buffers(state.network)
+        if state.average:
+            average_buffers(state.average.copy)
         dice = validate(as_trained_model(run, state), validation_cases, config.batch_size)
         clock.reserved_s = time.monotonic() - begun
         state.epoch += 1
@@ -445,4 +487,8 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, TrainConfig, "Train DRUnet V2. Without data it runs the demo on synthetic phantoms.")
+    run_command(
+        with_one_voice(main),
+        TrainConfig,
+        "Train DRUnet V2. Without data it runs the demo on synthetic phantoms.",
+    )

@@ -52,7 +52,8 @@ class HybridFocalDiceLoss(nn.Module):
     `logits` and `target` are (N, R, H, W); `target` holds 0 and 1 (bool or any number type). The soft Dice
     counts are pooled over the batch, so slices without tumour act as false-positive penalty and not as a Dice
     of 0 or 1. All arithmetic is float32 whatever autocast says; value and gradient are finite for empty
-    masks, full masks and logits of any finite size. Raises ValueError where the shapes differ.
+    masks, full masks and logits of any finite size. Raises ValueError where the shapes differ. `pool` sums
+    those counts, (2, R), over the processes that share a batch; None where there is one.
 
     Focal: Lin et al. 2017 (arXiv 1708.02002), equation 5. Soft Dice: Milletari et al. 2016 (arXiv
     1606.04797).
@@ -65,6 +66,7 @@ class HybridFocalDiceLoss(nn.Module):
         focal_alpha: float = 0.5,
         focal_gamma: float = 2.0,
         smooth: float = 1.0,
+        pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.focal_weight = focal_weight
@@ -72,6 +74,7 @@ class HybridFocalDiceLoss(nn.Module):
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.smooth = smooth
+        self.pool = pool
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the scalar loss; see the class for shapes and ranges."""
@@ -95,6 +98,8 @@ class HybridFocalDiceLoss(nn.Module):
         probability = torch.sigmoid(logits)
         overlap = (probability * target).sum((0, 2, 3))  # (R,)
         total = probability.sum((0, 2, 3)) + target.sum((0, 2, 3))  # (R,)
+        if self.pool is not None:
+            overlap, total = self.pool(torch.stack((overlap, total)))
         return (1 - (2 * overlap + self.smooth) / (total + self.smooth)).mean()
 
 

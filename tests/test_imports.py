@@ -7,10 +7,10 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-<<<<<<< HEAD
 # Every part, in the order they build on each other: one imports only parts before it.
 ORDER = (
     "utils_v2",
+    "distributed_v2",
     "model_drunet_v2",
     "plots_v2",
     "report_v2",
@@ -23,58 +23,16 @@ ORDER = (
     "cache_entry_v2",
     "cache_v2",
     "dataset_balance_v2",
+    "backends_v2",
     "inference_v2",
+    "probe_v2",
     "run_v2",
     "train_drunet_v2",
     "final_evaluation_v2",
+    "export_v2",
     "make_phantom_v2",
 )
-COMMANDS = {"train_drunet_v2", "final_evaluation_v2", "make_phantom_v2"}
-=======
-# Which of its siblings each part imports. A new import needs a new entry here, and a thought.
-ALLOWED = {
-    "utils_v2": set(),
-    "model_drunet_v2": {"utils_v2"},  # for the command that prints its size
-    "plots_v2": {"utils_v2"},
-    "report_v2": {"utils_v2"},
-    "cases_v2": {"utils_v2"},
-    "volumes_v2": {"cases_v2", "utils_v2"},
-    "dataset_balance_v2": {"cases_v2", "plots_v2", "utils_v2", "volumes_v2"},
-    "backends_v2": {"model_drunet_v2", "utils_v2"},
-    "inference_v2": {
-        "backends_v2",
-        "cases_v2",
-        "dataset_balance_v2",
-        "model_drunet_v2",
-        "plots_v2",
-        "utils_v2",
-        "volumes_v2",
-    },
-    "run_v2": {"cases_v2", "dataset_balance_v2", "model_drunet_v2", "plots_v2", "utils_v2"},
-    "train_drunet_v2": {
-        "backends_v2",
-        "cases_v2",
-        "dataset_balance_v2",
-        "inference_v2",
-        "model_drunet_v2",
-        "run_v2",
-        "utils_v2",
-        "volumes_v2",
-    },
-    "final_evaluation_v2": {
-        "cases_v2",
-        "dataset_balance_v2",
-        "inference_v2",
-        "plots_v2",
-        "report_v2",
-        "utils_v2",
-        "volumes_v2",
-    },
-    "export_v2": {"backends_v2", "cases_v2", "inference_v2", "utils_v2", "volumes_v2"},
-    "make_phantom_v2": {"utils_v2"},
-}
 COMMANDS = {"train_drunet_v2", "final_evaluation_v2", "make_phantom_v2", "export_v2"}
->>>>>>> infer
 PATHS = sorted(REPOSITORY.glob("*.py"))
 # What must be there for the network to be used elsewhere: torch, and nothing that reads files.
 MODEL_PACKAGES = {"torch"}
@@ -116,7 +74,7 @@ def test_no_part_imports_a_command():
 
 def test_the_model_needs_torch_alone():
     foreign = imported_modules(TREES["model_drunet_v2"]) - TREES.keys()
-    assert foreign - {"collections", "dataclasses"} == MODEL_PACKAGES
+    assert foreign - {"collections", "contextlib", "dataclasses"} == MODEL_PACKAGES
 
 
 @pytest.mark.parametrize("name", sorted(TREES))

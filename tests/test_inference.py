@@ -12,11 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-=======
 from backends_v2 import fold_batch_norm, prepare_network
-from cases_v2 import find_cases
->>>>>>> infer
 from dataset_balance_v2 import split_cases
 from inference_v2 import (
     VIEWS,
@@ -33,13 +29,9 @@ from inference_v2 import (
     threshold_regions,
     write_behind,
 )
-<<<<<<< HEAD
 from layouts_v2 import find_cases
-from utils_v2 import THRESHOLDS, save_checkpoint, write_json
-=======
 from model_drunet_v2 import DRUNetV2
 from utils_v2 import THRESHOLDS, InputError, save_checkpoint, write_json
->>>>>>> infer
 
 CPU = torch.device("cpu")
 

@@ -23,6 +23,7 @@ from model_drunet_v2 import (
     SqueezeExcitation,
     count_flops,
     count_parameters,
+    estimate_activation_bytes,
     main,
     measure_activation_bytes,
 )
@@ -446,12 +447,13 @@ def test_flops_of_the_network_are_those_of_its_convolutions() -> None:
 
 
 def test_activation_bytes_by_hand() -> None:
-    # a convolution keeps its input; the ReLU its output
+    # a convolution keeps its input, in 16 bits with a 16-bit copy of its weights; the ReLU its output
     convolution = nn.Conv2d(3, 8, 3, padding=1)
-    assert measure_activation_bytes(convolution, (2, 3, 16, 16)) == 2 * 3 * 16 * 16 * 2
-    assert measure_activation_bytes(convolution, (2, 3, 16, 16), bytes_per_value=4) == 2 * 3 * 16 * 16 * 4
+    values, weights = 2 * 3 * 16 * 16, 3 * 8 * 9
+    assert measure_activation_bytes(convolution, (2, 3, 16, 16)) == 2 * (values + weights)
+    assert measure_activation_bytes(convolution, (2, 3, 16, 16), None) == 4 * values
     both = nn.Sequential(convolution, nn.ReLU())
-    assert measure_activation_bytes(both, (2, 3, 16, 16)) == 2 * (3 + 8) * 16 * 16 * 2
+    assert measure_activation_bytes(both, (2, 3, 16, 16)) == 2 * (values + weights + 2 * 8 * 16 * 16)
 
 
 def test_activation_bytes_leave_weights_out_and_count_a_storage_once() -> None:
@@ -463,15 +465,53 @@ def test_activation_bytes_leave_weights_out_and_count_a_storage_once() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.first(x) + self.second(x)
 
-    assert measure_activation_bytes(Twice(), (1, 16, 2, 2)) == 16 * 2 * 2 * 2
+    assert measure_activation_bytes(Twice(), (1, 16, 2, 2), None) == 16 * 2 * 2 * 4
 
 
-def test_activation_bytes_grow_linearly_with_the_batch() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_activation_bytes_are_told_from_small_steps(checkpointing: bool, dtype: torch.dtype | None) -> None:
     network = make_network()
-    two, four, eight = (measure_activation_bytes(network, (n, 3, 32, 32)) for n in (2, 4, 8))
-    assert two > 2 * (3 + 4) * 32 * 32 * 2  # at the least the slabs and one map of the first level
-    assert four == pytest.approx(2 * two, rel=0.02)
-    assert eight - four == pytest.approx(2 * (four - two), rel=1e-6)
+    network.checkpointing = checkpointing
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    told = estimate_activation_bytes(network, (5, 3, 48, 80), dtype, side=8)
+    assert told == measure_activation_bytes(network, (5, 3, 48, 80), dtype)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpointing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_checkpointing_changes_memory_alone() -> None:
+    slab = draw(3, 3, 32, 32)
+    results = []
+    for checkpointing in (False, True):
+        network = make_network().train()
+        network.checkpointing = checkpointing
+        for _ in range(2):  # twice: statistics counted twice would show in the second step
+            logits = network(slab)
+            logits.square().mean().backward()
+        results.append((logits, [p.grad for p in network.parameters()], network.state_dict()))
+    (plain, plain_gradients, plain_state), (logits, gradients, state) = results
+    assert torch.equal(logits, plain)
+    for gradient, expected in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected)
+    assert int(state["encoder.0.convolutions.1.num_batches_tracked"]) == 2
+    assert all(torch.equal(value, plain_state[name]) for name, value in state.items())
+    assert all(m.track_running_stats for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_checkpointing_keeps_the_levels_outputs_alone() -> None:
+    network = make_network()
+    plain = measure_activation_bytes(network, (2, 3, 64, 64))
+    network.checkpointing = True
+    # the slab in float32; each level's output in 16 bits, the first of 4 channels in full size, and the last
+    # again, as the head's input; then weights: the head's
+    maps = 2 * (4 * 64 * 64 + 8 * 32 * 32 + 16 * 16 * 16 + 8 * 32 * 32 + 4 * 64 * 64)
+    assert measure_activation_bytes(network, (2, 3, 64, 64)) == 2 * maps + 4 * 2 * 3 * 64 * 64 + 2 * 4
+    assert measure_activation_bytes(network, (2, 3, 64, 64)) < plain / 3
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -535,6 +575,6 @@ def test_report_scales_flops_and_activations(capsys: pytest.CaptureFixture[str])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
     network = make_network(widths=(8, 16))
     flops = count_flops(network, (1, 3, 64, 64))
-    gib = measure_activation_bytes(network, (16, 3, 64, 64)) / 2**30
+    gib = estimate_activation_bytes(network, (16, 3, 64, 64)) / 2**30
     assert lines["forward"] == f"pass         {flops / 1e9:.1f} GFLOP per slab (a multiply-add is 2)"
     assert lines["saved"].startswith(f"activations    {gib:.2f} GiB")
