@@ -22,6 +22,7 @@ from cases_v2 import Case, cases_of_files, find_cases, labels_from_regions, load
 from dataset_balance_v2 import cases_of_split, read_split
 from model_drunet_v2 import DRUNetV2
 from plots_v2 import plot_overlay
+from postprocess_v2 import postprocess, settings_of
 from utils_v2 import (
     InputError,
     amp_dtype,
@@ -173,6 +174,7 @@ class InferenceConfig:
     threshold: float | None = option(
         None, "probability from which a voxel is tumour; default: the checkpoint's"
     )
+    postprocess: bool = option(True, "clean the masks as chosen on validation, where the checkpoint says how")
     batch_size: int = option(16, "slabs a forward pass")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
@@ -214,6 +216,8 @@ def main(config: InferenceConfig) -> None:
         volume, brain_voxels = normalise_volume(loaded.volume)
         probabilities = predict_volume(model, volume, brain_voxels, config.tta, config.batch_size)
         masks = threshold_regions(probabilities, thresholds, model.regions)
+        if config.postprocess:
+            masks = postprocess(masks, model.regions, loaded.spacing_mm, settings_of(model.checkpoint))
         written = save_labels(labels_from_regions(masks, model.regions), case, output)
         overlay = output / f"{case.case_id}_overlay.png"
         plot_overlay(overlay, case.case_id, loaded.volume[0], masks, model.regions, loaded.spacing_mm)

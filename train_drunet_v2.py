@@ -30,8 +30,16 @@ from dataset_balance_v2 import (
     make_train_loader,
     slice_table,
 )
-from inference_v2 import TrainedModel, build_network, load_weights, predict_volume
+from inference_v2 import (
+    TrainedModel,
+    build_network,
+    load_model,
+    load_weights,
+    predict_volume,
+    threshold_regions,
+)
 from model_drunet_v2 import count_parameters
+from postprocess_v2 import choose_postprocessing, crop_case, describe_postprocessing
 from run_v2 import Clock, Log, TrainConfig, choose_split, prepare_config
 from utils_v2 import (
     THRESHOLDS,
@@ -330,6 +338,29 @@ def finish_epoch(
     )
 
 
+def add_postprocessing(run: Run, cases: Sequence[PreparedCase]) -> str:
+    """Choose post-processing on the validation cases for the weights kept, add it to best.pt, and say what.
+
+    One more pass over validation, without TTA, at the thresholds of best.pt.
+    """
+    path = run.folder / "best.pt"
+    model = load_model(path, run.device, run.config.amp)
+    cropped = []
+    for case in tqdm(cases, desc="choosing post-processing", unit="case", leave=False):
+        probabilities = predict_volume(
+            model, case.volume, case.brain_voxels, tta=False, batch_size=run.config.batch_size
+        )
+        masks = threshold_regions(probabilities, model.thresholds, model.regions)
+        cropped.append(crop_case(masks, case.reference, case.spacing_mm))
+    chosen = choose_postprocessing(cropped, model.regions)
+    save_checkpoint(path, model.checkpoint | {"postprocessing": chosen})
+    before, after = (np.mean(list(chosen[f"validation_dice_{w}"].values())) for w in ("before", "after"))
+    return (
+        f"post-processing chosen on validation: {describe_postprocessing(chosen['settings'])}; Dice "
+        f"{before:.4f} without, {after:.4f} with, mean over regions and {len(cases)} cases, no TTA"
+    )
+
+
 def prepare_training(run: Run, cases: Sequence[Case]) -> tuple[DataLoader, list[PreparedCase]]:
     """Return the training loader and the validation cases, and note in `run.about` who was seen."""
     config = run.config
@@ -390,7 +421,7 @@ def main(config: TrainConfig) -> None:
         figures = train_one_epoch(run, state, loader, clock)
         begun = time.monotonic()
         dice = validate(as_trained_model(run, state), validation_cases, config.batch_size)
-        clock.reserved_s = time.monotonic() - begun
+        clock.reserved_s = 2 * (time.monotonic() - begun)  # the last validation, and one for post-processing
         state.epoch += 1
         state.minutes = minutes_before + clock.minutes()
         finish_epoch(run, state, log, clock, figures, dice)
@@ -401,6 +432,7 @@ def main(config: TrainConfig) -> None:
         f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over "
         f"{len(validation_cases)} cases, threshold 0.5, no TTA"
     )
+    log.say(add_postprocessing(run, validation_cases))
     log.say(f"audit it: python final_evaluation_v2.py --run {folder}")
 
 

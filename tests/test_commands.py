@@ -111,7 +111,9 @@ def test_summary_follows_from_the_rows_per_case(trained):
             else:
                 low, high = part["dice"]["ci95"]
                 assert low <= part["dice"]["mean"] <= high
-    assert len(rows) == 2 * (1 + 1 + 3)
+    checkpoint = load_checkpoint(trained / "results" / "tiny" / "best.pt")
+    modes = 4 if checkpoint["postprocessing"]["settings"] else 2
+    assert len(rows) == modes * (1 + 1 + 3)
     assert summary["data_kind"] == "phantom"
     for key in ("threshold", "checkpoint_sha256", "split_sha256", "versions", "hardware", "command"):
         assert summary[key]
@@ -152,7 +154,7 @@ def test_report_needs_no_other_file_and_says_what_it_is(trained):
     text = (trained / "results" / "tiny" / "evaluation" / "report.html").read_text()
     assert "synthetic phantoms, not a BraTS result" in text
     assert "not for clinical use" in text
-    assert text.count("data:image/png;base64,") == 7
+    assert text.count("data:image/png;base64,") == 9
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 

@@ -12,10 +12,10 @@ from scipy import ndimage
 from surface_distance import compute_robust_hausdorff, compute_surface_distances
 from surface_distance.lookup_tables import create_table_neighbour_code_to_surface_area
 
+from statistics_v2 import bootstrap_means, summarise
 from utils_v2 import (
     HD95_ONE_EMPTY_MM,
     THRESHOLDS,
-    bootstrap_means,
     count_overlap,
     dice_from_counts,
     dice_score,
@@ -23,7 +23,6 @@ from utils_v2 import (
     overlap_at_thresholds,
     precision,
     recall,
-    summarise,
     surface_distances_mm,
     surfel_area_table,
 )
