@@ -232,7 +232,7 @@ def plot_reliability(path: Path, calibration: dict, note: str) -> None:
                 style,
                 color=fill,
                 marker=".",
-                label=f"{name}, expected calibration error {part['ece']:.4f}" if filled else name,
+                label=f"{name}, ECE {part['ece']:.4f}" if filled else name,
             )
             lower.bar(centres + offset * width, part["voxels"], 0.42 * width, color=fill)
         upper.set_ylim(-0.02, 1.02)
@@ -241,11 +241,14 @@ def plot_reliability(path: Path, calibration: dict, note: str) -> None:
         upper.set_title(f"{region}, {modes['tta']['n_voxels']:,} voxels of brain", fontsize=10)
         upper.legend(frameon=False, fontsize=8, loc="upper left")
         lower.set_yscale("log")
+        lower.set_ylim(bottom=0.7)
         lower.set_ylabel("voxels")
         lower.set_xlabel("predicted probability")
         tidy(upper)
         tidy(lower)
-    figure.suptitle(f"Calibration on validation\n{note.strip()}".rstrip(), fontsize=11)
+    figure.suptitle(
+        f"Calibration on validation (ECE: expected calibration error)\n{note.strip()}".rstrip(), fontsize=11
+    )
     save_figure(figure, path)
 
 
@@ -291,7 +294,7 @@ def plot_comparison(
         chosen = paired[(paired["cohort"] == cohort) & (paired["region"] == region)]
         difference = cohorts[cohort][region]["tta"]["dice"]["difference"]
         values = chosen[["dice_a", "dice_b"]].to_numpy()
-        low = max(0.0, float(np.floor(10 * values.min() - 0.5) / 10))
+        low = max(-0.02, float(np.floor(10 * values.min() - 0.5) / 10))
         axes.plot([low, 1], [low, 1], color=GREY, linewidth=0.9)
         axes.scatter(
             values[:, 1], values[:, 0], color=COHORT_COLOURS[cohort], s=28, alpha=0.85, linewidths=0, zorder=3

@@ -70,7 +70,6 @@ def test_less_than_the_smallest_total_is_emptied() -> None:
     assert not clean_region(mask, MM, OFF | {"min_total_mm3": 16.1}, None).any()
     # what is dropped as a component does not count
     both = OFF | {"min_component_mm3": 9.0, "min_total_mm3": 16.0}
-    assert not clean_region(mask | boxes(cube(25, 1)), MM, both, None).any() or True
     assert not clean_region(boxes(cube(2, 2), cube(15, 1)), MM, both, None).any()
 
 
@@ -128,7 +127,7 @@ def test_reference_outside_of_the_prediction_counts_as_missed() -> None:
     assert choose_postprocessing([empty], ("WT",))["validation_dice_before"]["WT"] == 0
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(arrays.arrays(bool, (3, 2, 4, 5, 9)), arrays.arrays(bool, (3, 2, 4, 5, 9)), st.booleans())
 def test_the_choice_is_the_one_that_trying_all_finds(
     predicted: np.ndarray, reference: np.ndarray, drop_outside: bool

@@ -191,10 +191,10 @@ def test_sign_flip_p_is_blind_to_order_direction_and_scale(values: list[float]) 
 
 def test_sign_flip_p_is_uniform_where_nothing_differs() -> None:
     rng = np.random.default_rng(1)
-    patients = [f"p{i}" for i in range(10)]
-    p = [sign_flip_p(rng.normal(size=10), patients) for _ in range(400)]
+    patients = [f"p{i}" for i in range(8)]
+    p = [sign_flip_p(rng.normal(size=8), patients) for _ in range(300)]
     for level in (0.05, 0.2, 0.5):
-        assert np.mean(np.array(p) <= level) == pytest.approx(level, abs=0.075)
+        assert np.mean(np.array(p) <= level) == pytest.approx(level, abs=0.1)
 
 
 def test_paired_comparison_sees_what_two_intervals_do_not() -> None:
