@@ -2,6 +2,7 @@
 
     python final_evaluation_v2.py                                       the newest run in results/
     python final_evaluation_v2.py --run results/RUN --external-dir data/BraTS2019
+    python final_evaluation_v2.py --compare results/RUN_A results/RUN_B
 
 The headline is Dice per case on the native grid, then the mean over cases, with a bootstrap 95 % interval
 over patients. Whatever else is called Dice stands beside it under its own name.
@@ -18,21 +19,27 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cache_v2 import CACHE_GB, PreparedCase, prepare_cases
-from cases_v2 import Case, with_reference
-from dataset_balance_v2 import cases_of_split, read_split
-from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
-from layouts_v2 import LayoutName, describe_cases, find_cases
-from leakage_v2 import find_leakage, identify_cases, identity_of_ids, unpack_identities
-from plots_v2 import (
-    plot_curves,
+from audit_plots_v2 import (
+    plot_bland_altman,
     plot_dice_against_volume,
     plot_dice_per_case,
     plot_precision_recall,
     plot_ranked_cases,
+    plot_reliability,
     plot_tta_gain,
 )
+from cache_v2 import CACHE_GB, PreparedCase, prepare_cases
+from cases_v2 import Case, with_reference
+from compare_v2 import compare_runs
+from dataset_balance_v2 import cases_of_split, read_split
+from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
+from layouts_v2 import LayoutName, describe_cases, find_cases
+from leakage_v2 import find_leakage, identify_cases, identity_of_ids, unpack_identities
+from measure_v2 import measure_case, summarise_all
+from plots_v2 import plot_curves
+from postprocess_v2 import postprocess, settings_of
 from report_v2 import format_table, write_report
+from statistics_v2 import CALIBRATION_EDGES, reliability_counts, summarise_calibration
 from utils_v2 import (
     THRESHOLDS,
     InputError,
@@ -43,18 +50,15 @@ from utils_v2 import (
     describe_versions,
     dice_from_counts,
     file_sha256,
-    hd95,
     newest_run,
     option,
     overlap_at_thresholds,
-    precision,
-    recall,
     run_command,
     set_seed,
-    summarise,
     write_atomically,
     write_json,
 )
+from volumes_v2 import brain_mask
 
 MODES = ("plain", "tta")
 
@@ -67,6 +71,9 @@ class EvaluationConfig:
     data_dir: str | None = option(None, "folder with the run's cases, where it has moved since training")
     external_dir: str | None = option(
         None, "a further cohort; default: the demo's own after the demo, else none"
+    )
+    compare: tuple[str, ...] = option(
+        (), "two audited run folders to compare over their common test cases, and nothing else"
     )
     output: str | None = option(None, "folder to write to; default: RUN/evaluation")
     allow_seen: bool = option(
@@ -157,97 +164,59 @@ def refuse_seen(seen: dict[str, dict[str, int]], leakage: pd.DataFrame, allow_se
 # ------------------------------------------------------------------------------------------------------------
 
 
-def slice_dice(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Return the Dice of each slice that has reference tumour, shape (slices with tumour,)."""
-    slices = np.flatnonzero(reference.any((1, 2)))
-    return np.array([dice_from_counts(*count_overlap(reference[z], prediction[z])) for z in slices])
-
-
-def measure_case(
-    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]
-) -> dict[str, Any]:
-    """Return every metric of one region of one case; both masks (D, H, W) bool on the native grid."""
-    tp, fp, fn = count_overlap(reference, prediction)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
-    per_slice = slice_dice(reference, prediction)
-    return {
-        "dice": dice_from_counts(tp, fp, fn),
-        "precision": precision(reference, prediction),
-        "recall": recall(reference, prediction),
-        "hd95_mm": hd95(reference, prediction, spacing_mm),
-        "dice_slice": float(per_slice.mean()) if len(per_slice) else float("nan"),
-        "tumour_slices": len(per_slice),
-        "reference_ml": (tp + fn) * voxel_ml,
-        "prediction_ml": (tp + fp) * voxel_ml,
-        "tp": tp,
-        "fp": fp,
-        "fn": fn,
-    }
-
-
 def evaluate_cohort(
     model: TrainedModel, cohort: str, cases: Sequence[PreparedCase], seen: set[str], batch_size: int
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Return one row per case, region and mode, and the counts over thresholds.
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return one row per case, region and mode, the counts over thresholds, and those over probability bins.
 
-    The counts are, per mode, (R, T, 3): TP, FP and FN pooled over the cohort at each of THRESHOLDS. Plain is
-    the identity view, TTA the mean of all three.
+    Per mode, pooled over the cohort: TP, FP and FN at each of THRESHOLDS (R, T, 3), and `reliability_counts`
+    of the brain's voxels (R, B, 3), the latter on validation alone. Plain is the identity view, TTA the mean
+    of all three; where the checkpoint has post-processing, plain_raw and tta_raw are the masks before it.
     """
     rows = []
     counts = {mode: np.zeros((len(model.regions), len(THRESHOLDS), 3), np.int64) for mode in MODES}
+    bins = {mode: np.zeros((len(model.regions), len(CALIBRATION_EDGES) - 1, 3)) for mode in MODES}
     for case in tqdm(cases, desc=f"auditing {cohort}", unit="case", leave=False):
         started = time.perf_counter()
         views = predict_views(model, case.volume, case.brain_voxels, tuple(VIEWS), batch_size)
         seconds = time.perf_counter() - started
         reference = np.asarray(case.reference)
+        brain = brain_mask(np.asarray(case.volume[0], np.float32)) if cohort == "validation" else None
         for mode, probabilities in (("plain", views[0]), ("tta", views.mean(0))):
-            masks = threshold_regions(probabilities, model.thresholds, model.regions)
-            for index, region in enumerate(model.regions):
+            for index in range(len(model.regions)):
                 counts[mode][index] += overlap_at_thresholds(
                     probabilities[index], reference[index], THRESHOLDS
                 )
-                row = {"cohort": cohort, "case": case.case_id, "patient": case.patient_id, "region": region}
-                row |= {"mode": mode, "seen_in_training": case.case_id in seen}
-                row |= measure_case(reference[index], masks[index], case.spacing_mm)
-                rows.append(row | {"seconds_three_views": round(seconds, 3)})
-    return pd.DataFrame(rows), counts
+                if brain is not None:
+                    bins[mode][index] += reliability_counts(
+                        probabilities[index][brain], reference[index][brain]
+                    )
+            for name, masks in masks_by_mode(model, mode, probabilities, case.spacing_mm).items():
+                for index, region in enumerate(model.regions):
+                    row = {"cohort": cohort, "case": case.case_id, "patient": case.patient_id}
+                    row |= {"region": region, "mode": name, "seen_in_training": case.case_id in seen}
+                    row |= measure_case(reference[index], masks[index], case.spacing_mm)
+                    rows.append(row | {"seconds_three_views": round(seconds, 3)})
+    return pd.DataFrame(rows), counts, bins
 
 
-def summarise_cohort(rows: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """Return the summary of one cohort, region and mode from its per-case rows."""
-    patients = rows["patient"].tolist()
-    summary: dict[str, Any] = {
-        metric: summarise(rows[metric], patients, seed)
-        for metric in ("dice", "precision", "recall", "hd95_mm")
+def masks_by_mode(
+    model: TrainedModel, mode: str, probabilities: np.ndarray, spacing_mm: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """Return {mode: masks (R, D, H, W) bool}, and as mode + "_raw" those before post-processing, if any."""
+    masks = threshold_regions(probabilities, model.thresholds, model.regions)
+    settings = settings_of(model.checkpoint)
+    if not settings:
+        return {mode: masks}
+    return {mode: postprocess(masks, model.regions, spacing_mm, settings), f"{mode}_raw": masks}
+
+
+def summarise_bins(model: TrainedModel, bins: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return {region: {mode: calibration}} of the validation cohort's counts over probability bins."""
+    return {
+        region: {mode: summarise_calibration(bins[mode][index]) for mode in MODES}
+        for index, region in enumerate(model.regions)
     }
-    slices = rows[rows["tumour_slices"] > 0]
-    total = int(slices["tumour_slices"].sum())
-    return summary | {
-        "dice_slice": float((slices["dice_slice"] * slices["tumour_slices"]).sum() / total)
-        if total
-        else None,
-        "n_slices": total,
-        "dice_pooled": dice_from_counts(*(int(rows[name].sum()) for name in ("tp", "fp", "fn"))),
-        "n_cases": len(rows),
-        "n_patients": rows["patient"].nunique(),
-        "n_empty_reference": int((rows["reference_ml"] == 0).sum()),
-        "n_empty_prediction": int((rows["prediction_ml"] == 0).sum()),
-    }
-
-
-def summarise_all(rows: pd.DataFrame, regions: Sequence[str], seed: int) -> dict[str, Any]:
-    """Return {cohort: {region: {mode: summary, "tta_gain": paired difference}}} of all per-case rows."""
-    cohorts: dict[str, Any] = {}
-    for cohort in rows["cohort"].unique():
-        for region in regions:
-            chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region)]
-            by_mode = {mode: chosen[chosen["mode"] == mode].reset_index(drop=True) for mode in MODES}
-            gain = by_mode["tta"]["dice"] - by_mode["plain"]["dice"]
-            cohorts.setdefault(cohort, {})[region] = {
-                **{mode: summarise_cohort(by_mode[mode], seed) for mode in MODES},
-                "tta_gain": summarise(gain, by_mode["plain"]["patient"].tolist(), seed),
-            }
-    return cohorts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,6 +271,12 @@ def draw_plots(
     plot_precision_recall(
         path("precision_recall.png", caption), pooled, model.regions, model.thresholds, THRESHOLDS, note
     )
+    caption = "Volume error: prediction minus reference against their mean, with TTA; lines at the mean and "
+    caption += "the limits of agreement (mean and 1.96 SD over cases)."
+    plot_bland_altman(path("volume_bland_altman.png", caption), tested, summary["cohorts"], note)
+    caption = "Calibration on validation: share of reference tumour among the brain's voxels of each "
+    caption += "probability, and how many voxels there are (voxels pooled, before post-processing)."
+    plot_reliability(path("calibration.png", caption), summary["calibration"], note)
     caption = "What TTA changes: Dice with TTA minus Dice without, per test case."
     plot_tta_gain(path("tta_gain.png", caption), tested, summary["cohorts"], note)
     for cohort, cases in cohorts.items():
@@ -312,7 +287,7 @@ def draw_plots(
         for rank, case_id in rank_cases(rows, model.regions[0], cohort).items():
             case = by_id[case_id]
             probabilities = predict_volume(model, case.volume, case.brain_voxels, batch_size=batch_size)
-            prediction = threshold_regions(probabilities, model.thresholds, model.regions)[0]
+            prediction = masks_by_mode(model, "tta", probabilities, case.spacing_mm)["tta"][0]
             reference = np.asarray(case.reference[0])
             dice = dice_from_counts(*count_overlap(reference, prediction))
             panels.append(
@@ -371,7 +346,10 @@ def gather_cohorts(
 
 
 def main(config: EvaluationConfig) -> None:
-    """Audit a run and write its numbers, plots and report."""
+    """Audit a run and write its numbers, plots and report; or compare two that were audited."""
+    if config.compare:
+        compare_runs(config.compare, config.output, config.seed)
+        return
     set_seed(config.seed)
     run = Path(config.run) if config.run else newest_run(Path("results"))
     model = load_model(run / "best.pt", choose_device(config.device), config.amp)
@@ -392,10 +370,12 @@ def main(config: EvaluationConfig) -> None:
         )
     refuse_seen(seen, leakage, config.allow_seen)
 
-    tables, counts = [], {}
+    tables, counts, bins = [], {}, {}
     for cohort, cases in cohorts.items():
         seen_ids = set(leakage.loc[leakage["cohort"] == cohort, "case"])
-        table, counts[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
+        table, counts[cohort], bins[cohort] = evaluate_cohort(
+            model, cohort, cases, seen_ids, config.batch_size
+        )
         tables.append(table)
         unseen = table[~table["seen_in_training"]]
         if cohort == "external" and 0 < len(unseen) < len(table):
@@ -408,6 +388,8 @@ def main(config: EvaluationConfig) -> None:
         "seen_in_training": seen,
         "averaged_over": "Dice per case on the native grid, mean over cases; ci95 by bootstrap over patients",
         "cohorts": summarise_all(rows, model.regions, config.seed),
+        "calibration": summarise_bins(model, bins["validation"]),
+        "postprocessing": model.checkpoint.get("postprocessing"),
         "threshold": dict(zip(model.regions, model.thresholds, strict=True)),
         "checkpoint_sha256": file_sha256(run / "best.pt"),
         "split_sha256": split["sha256"],

@@ -28,6 +28,7 @@ from dataset_balance_v2 import cases_of_split, read_split
 from layouts_v2 import LayoutName, cases_of_files, describe_cases, find_cases
 from model_drunet_v2 import DRUNetV2
 from plots_v2 import plot_overlay
+from postprocess_v2 import postprocess, settings_of
 from utils_v2 import (
     InputError,
     amp_dtype,
@@ -279,6 +280,7 @@ class InferenceConfig:
     threshold: float | None = option(
         None, "probability from which a voxel is tumour; default: the checkpoint's"
     )
+    postprocess: bool = option(True, "clean the masks as chosen on validation, where the checkpoint says how")
     batch_size: int = option(16, "slabs a forward pass")
     layout: LayoutName = option("auto", "layout of the cases; auto tells it by what is there")
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
@@ -358,6 +360,8 @@ def segment_cases(
                 model, read.volume, read.brain_voxels, config.tta, config.batch_size
             )
             masks = threshold_regions(probabilities, thresholds, model.regions)
+            if config.postprocess:
+                masks = postprocess(masks, model.regions, read.spacing_mm, settings_of(model.checkpoint))
             yield functools.partial(write_case, read, masks, model.regions, Path(config.output))
 
     return write_behind(compute())

@@ -1,4 +1,4 @@
-"""Every picture the project draws: training curves, case overlays, the audit's plots."""
+"""Pictures of a run and of its cases: training curves, overlays, slice balance; what all plots share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda target: figure.savefig(target, dpi=130))
 
 
-def _tidy(axes: mpl.axes.Axes) -> None:
+def tidy(axes: mpl.axes.Axes) -> None:
+    """Take off the upper and right frame and draw a quiet grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e9ec", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -61,7 +62,7 @@ def plot_curves(path: Path, log: pd.DataFrame, title: str) -> None:
     for axes in (loss, dice, rate):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-        _tidy(axes)
+        tidy(axes)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
@@ -123,194 +124,6 @@ def plot_overlay(
     save_figure(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The audit's plots: `rows` are per-case rows of metrics_per_case.csv, `cohorts` the summary's part of that
-# name
-# ------------------------------------------------------------------------------------------------------------
-
-COHORT_COLOURS = {
-    "internal": "#1f6f8b",
-    "external": "#d1793a",
-    "external_unseen": "#7a5195",
-    "validation": GREY,
-}
-
-
-def _panels(
-    rows: pd.DataFrame, width: float, height: float
-) -> tuple[Figure, dict[tuple[str, str], mpl.axes.Axes]]:
-    """Return a figure with one panel per (cohort, region): regions down, cohorts across."""
-    cohorts, regions = list(rows["cohort"].unique()), list(rows["region"].unique())
-    size = (width * len(cohorts), height * len(regions))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(regions), len(cohorts), squeeze=False)
-    axes = {(c, r): grid[i][j] for i, r in enumerate(regions) for j, c in enumerate(cohorts)}
-    return figure, axes
-
-
-def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
-    """Draw the Dice of each case with TTA, sorted, with the mean and its bootstrap 95 % interval."""
-    figure, panels = _panels(rows, 5.2, 3.4)
-    for (cohort, region), axes in panels.items():
-        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
-        values = np.sort(chosen["dice"].to_numpy())[::-1]
-        summary = cohorts[cohort][region]["tta"]["dice"]
-        colour = COHORT_COLOURS[cohort]
-        if summary["ci95"]:
-            label = "95 % interval of the mean"
-            axes.axhspan(*summary["ci95"], color=colour, alpha=0.15, linewidth=0, label=label)
-        axes.axhline(summary["mean"], color=colour, linewidth=1.2, label=f"mean {summary['mean']:.3f}")
-        axes.axhline(
-            summary["median"],
-            color=colour,
-            linewidth=1,
-            linestyle=":",
-            label=f"median {summary['median']:.3f}",
-        )
-        axes.plot(
-            np.arange(1, len(values) + 1), values, "o", color=colour, markersize=4 if len(values) > 40 else 6
-        )
-        axes.set_ylim(-0.02, 1.02)
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-        axes.set_xlabel(f"case, best to worst (n = {len(values)})")
-        axes.set_ylabel(f"{region} Dice per case")
-        axes.set_title(cohort, fontsize=10)
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
-        _tidy(axes)
-    figure.suptitle(f"Dice per case, with TTA{note}", fontsize=11)
-    save_figure(figure, path)
-
-
-def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
-    """Draw Dice with TTA against the reference volume in ml, on a logarithmic axis; empty ones counted."""
-    figure, panels = _panels(rows, 5.2, 3.4)
-    for (cohort, region), axes in panels.items():
-        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
-        present = chosen["reference_ml"] > 0
-        shown = chosen[present]
-        axes.scatter(
-            shown["reference_ml"], shown["dice"], color=COHORT_COLOURS[cohort], s=26, alpha=0.85, linewidths=0
-        )
-        for row in shown.nsmallest(2, "dice").itertuples():
-            left = row.reference_ml > shown["reference_ml"].median()
-            axes.annotate(
-                row.case,
-                (row.reference_ml, row.dice),
-                fontsize=7,
-                color="#50585f",
-                ha="right" if left else "left",
-                textcoords="offset points",
-                xytext=(-6 if left else 6, -2),
-            )
-        axes.set_xscale("log")
-        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            ticks(mpl.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
-        axes.set_ylim(-0.02, 1.02)
-        empty = int((~present).sum())
-        axes.set_xlabel("reference volume in ml" + (f" ({empty} empty left out)" if empty else ""))
-        axes.set_ylabel(f"{region} Dice per case")
-        axes.set_title(f"{cohort}, n = {len(shown)}", fontsize=10)
-        _tidy(axes)
-    figure.suptitle(f"Dice against tumour volume, with TTA{note}", fontsize=11)
-    save_figure(figure, path)
-
-
-def plot_precision_recall(
-    path: Path,
-    counts: dict[str, np.ndarray],
-    regions: Sequence[str],
-    used: Sequence[float],
-    thresholds: np.ndarray,
-    note: str,
-) -> None:
-    """Draw precision against recall over thresholds; `counts` is {cohort: (R, T, 3) pooled TP, FP, FN}."""
-    figure = Figure(figsize=(4.8 * len(regions), 4.2), layout="constrained")
-    for index, axes in enumerate(figure.subplots(1, len(regions), squeeze=False)[0]):
-        for cohort, table in counts.items():
-            tp, fp, fn = table[index].T
-            precision, recall = tp / np.maximum(tp + fp, 1), tp / np.maximum(tp + fn, 1)
-            style = "--" if cohort == "validation" else "-"
-            axes.plot(
-                recall, precision, style, color=COHORT_COLOURS[cohort], marker=".", markersize=4, label=cohort
-            )
-            chosen = int(np.argmin(abs(thresholds - used[index])))
-            axes.plot(
-                recall[chosen],
-                precision[chosen],
-                "o",
-                markersize=9,
-                markerfacecolor="none",
-                color=COHORT_COLOURS[cohort],
-            )
-        axes.set_xlabel("recall, voxels pooled")
-        axes.set_ylabel("precision, voxels pooled")
-        axes.set_xlim(0, 1.01)
-        axes.set_ylim(0, 1.01)
-        axes.set_title(
-            f"{regions[index]}, ring at threshold {used[index]:.2f} (chosen on validation)", fontsize=10
-        )
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
-        _tidy(axes)
-    figure.suptitle(f"Precision and recall, with TTA\n{note.strip()}".rstrip(), fontsize=11)
-    save_figure(figure, path)
-
-
-def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
-    """Draw Dice with TTA minus Dice without per case, sorted, with the mean and its 95 % interval."""
-    figure, panels = _panels(rows, 5.2, 3.2)
-    for (cohort, region), axes in panels.items():
-        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region)].pivot(
-            index="case", columns="mode", values="dice"
-        )
-        gain = np.sort((chosen["tta"] - chosen["plain"]).to_numpy())[::-1]
-        summary = cohorts[cohort][region]["tta_gain"]
-        axes.axhline(0, color="#333c47", linewidth=0.8)
-        axes.bar(
-            np.arange(1, len(gain) + 1), gain, color=np.where(gain >= 0, "#2a9d74", "#c8553d"), width=0.8
-        )
-        axes.axhline(summary["mean"], color=COHORT_COLOURS[cohort], linewidth=1.2)
-        title = f"{cohort}: mean {summary['mean']:+.4f}"
-        if summary["ci95"]:
-            axes.axhspan(*summary["ci95"], color=COHORT_COLOURS[cohort], alpha=0.18, linewidth=0)
-            title += ", 95 % interval {:+.4f} to {:+.4f}".format(*summary["ci95"])
-        axes.set_title(title, fontsize=10)
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-        axes.set_xlim(0.4, len(gain) + 0.6)
-        axes.set_xlabel(f"case, most to least gain (n = {len(gain)})")
-        axes.set_ylabel(f"{region} Dice, TTA - plain")
-        _tidy(axes)
-    figure.suptitle(f"What test-time augmentation changes{note}", fontsize=11)
-    save_figure(figure, path)
-
-
-def plot_ranked_cases(
-    path: Path, panels: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, Sequence[float]]], title: str
-) -> None:
-    """Draw cases side by side, each at the slice with most tumour, with reference and prediction outlines.
-
-    A panel is (title, intensities (D, H, W), reference (D, H, W) bool, prediction (D, H, W) bool,
-    spacing_mm).
-    """
-    figure = Figure(figsize=(4.2 * len(panels), 4.9), layout="constrained", facecolor="black")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        name, intensities, reference, prediction, spacing_mm = panel
-        area = (reference if reference.any() else prediction).sum((1, 2))
-        z = int(area.argmax()) if area.any() else len(area) // 2
-        contours = [(reference[z], REFERENCE_COLOUR), (prediction[z], PREDICTION_COLOUR)]
-        pixels = np.asarray(intensities, np.float32)
-        show_slice(axes, pixels[z], grey_window(pixels), contours, spacing_mm)
-        axes.set_title(f"{name}\nslice {z}", color="white", fontsize=9)
-    handles = [
-        mpl.lines.Line2D([], [], color=colour, label=label)
-        for colour, label in ((REFERENCE_COLOUR, "reference"), (PREDICTION_COLOUR, "prediction"))
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=2, frameon=False, labelcolor="white", fontsize=9
-    )
-    figure.suptitle(title, color="white", fontsize=11)
-    save_figure(figure, path)
-
-
 def plot_balance(before: pd.Series, after: pd.Series, path: Path) -> None:
     """Draw the share of each slice kind (the series' index) before and after weighting."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -326,5 +139,5 @@ def plot_balance(before: pd.Series, after: pd.Series, path: Path) -> None:
     axes.set_ylabel("share of slices")
     axes.set_ylim(0, min(1.1, max(before.max(), after.max()) * 1.2))
     axes.legend(frameon=False)
-    _tidy(axes)
+    tidy(axes)
     save_figure(figure, path)

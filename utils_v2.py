@@ -7,6 +7,7 @@ every command shares. Nothing here knows a network or a file format; no sibling 
 import argparse
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -25,13 +26,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
+from scipy.spatial import KDTree
 from torch import Tensor, nn
 
 PHANTOM_DESCRIPTION = "DRUnet V2 synthetic phantom"  # header text by which a synthetic file is known
 HD95_ONE_EMPTY_MM = 374.0  # official BraTS value where exactly one of the two masks is empty
 CHECKPOINT_FORMAT = "drunet-v2/1"
-BOOTSTRAP_DRAWS = 10_000
 THRESHOLDS = np.round(
     np.arange(0.05, 0.951, 0.05), 2
 )  # swept on validation; training itself looks at 0.5 only
@@ -178,7 +178,8 @@ _SURFEL_CLASSES: dict[int, list[tuple[int, int, int]]] = {
 _CORNER_BITS = np.array([128, 64, 32, 16, 8, 4, 2, 1]).reshape(2, 2, 2)
 
 
-def surfel_area_table(spacing_mm: Sequence[float]) -> np.ndarray:
+@functools.lru_cache(maxsize=64)
+def surfel_area_table(spacing_mm: tuple[float, ...]) -> np.ndarray:
     """Return the surface area in mm2 of each of the 256 neighbourhood codes, shape (256,)."""
     dz, dy, dx = spacing_mm
     face_mm2 = np.array([dy * dx, dz * dx, dz * dy])
@@ -195,15 +196,33 @@ def surfel_area_table(spacing_mm: Sequence[float]) -> np.ndarray:
     return area
 
 
-def surface_codes(mask: np.ndarray) -> np.ndarray:
-    """Return the neighbourhood code at each lattice point of a bool mask (D, H, W): uint8, one longer."""
-    padded = np.pad(mask, 1).astype(np.uint8)
-    depth, height, width = padded.shape
-    codes = np.zeros((depth - 1, height - 1, width - 1), np.uint8)
-    for z, y, x in itertools.product((0, 1), repeat=3):
-        corner = padded[z : depth - 1 + z, y : height - 1 + y, x : width - 1 + x]
-        codes += corner * np.uint8(_CORNER_BITS[z, y, x])
-    return codes
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Return the slices of the smallest box around a bool mask, any number of axes, not empty."""
+    box: list[slice] = []
+    for axis in range(mask.ndim):
+        # the first axis cuts most away; each further one looks only into what is left
+        rest = tuple(other for other in range(mask.ndim) if other != axis)
+        present = np.flatnonzero(mask[tuple(box)].any(rest))
+        box.append(slice(int(present[0]), int(present[-1]) + 1))
+    return tuple(box)
+
+
+def surface_elements(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (lattice points (S, 3) int64, neighbourhood code (S,) uint8) of a bool mask's surface.
+
+    A lattice point is a corner where eight voxels meet; it belongs to the surface where they are neither all
+    inside nor all outside. The mask (D, H, W) must not be empty.
+    """
+    box = bounding_box(mask)
+    codes = np.pad(mask[box], 1).view(np.uint8)
+    for axis, bits in ((2, 1), (1, 2), (0, 4)):  # two bits along x, then four over y and x, then eight
+        before, after = (
+            codes[tuple(part if i == axis else slice(None) for i in range(3))]
+            for part in (slice(-1), slice(1, None))
+        )
+        codes = (before << np.uint8(bits)) | after
+    points = np.argwhere(codes + np.uint8(1) > 1)  # neither 0 nor 255
+    return points + [edge.start for edge in box], codes[tuple(points.T)]
 
 
 def surface_distances_mm(
@@ -211,19 +230,44 @@ def surface_distances_mm(
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Return (distance in mm, area in mm2) of every surface element, reference to prediction and back.
 
-    Both masks (D, H, W) bool and not empty. Work is done inside the bounding box of their union, where all
-    surface lies, with one exact Euclidean distance transform per mask. Definition: Nikolov et al. 2018 (arXiv
-    1809.04430).
+    Both masks (D, H, W) bool and not empty. Nearest neighbours are sought for the surface elements alone, in
+    a k-d tree of the other surface, which is exact; a distance transform works through every voxel of the
+    box. Definition: Nikolov et al. 2018 (arXiv 1809.04430).
     """
-    box = ndimage.find_objects((reference | prediction).astype(np.uint8))[0]
-    codes = [surface_codes(mask[box]) for mask in (reference, prediction)]
-    borders = [(code != 0) & (code != 255) for code in codes]
-    area = surfel_area_table(spacing_mm)
-    to_prediction, to_reference = (
-        ndimage.distance_transform_edt(~border, sampling=spacing_mm)[other]
-        for border, other in ((borders[1], borders[0]), (borders[0], borders[1]))
-    )
-    return (to_prediction, area[codes[0][borders[0]]]), (to_reference, area[codes[1][borders[1]]])
+    area = surfel_area_table(tuple(spacing_mm))
+    scale = np.asarray(spacing_mm, float)
+    surfaces = [surface_elements(mask) for mask in (reference, prediction)]
+    trees = [KDTree(points * scale) for points, _ in surfaces]
+    found = []
+    for (points, codes), tree, (others, _) in zip(surfaces, trees[::-1], surfaces[::-1], strict=True):
+        nearest = tree.query(points * scale)[1]
+        # from the integer offset again: equal offsets then give equal distances wherever they lie
+        distance = np.sqrt((((points - others[nearest]) * scale) ** 2).sum(1))
+        found.append((distance, area[codes]))
+    return found[0], found[1]
+
+
+def surface_metrics(
+    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float = 1.0
+) -> tuple[float, float]:
+    """Return (HD95 in mm, normalised surface Dice) of two bool masks from one pass over their surfaces.
+
+    See `hd95` and `normalised_surface_dice`, each of which is one of the two.
+    """
+    count_overlap(reference, prediction)  # raises where shapes or types do not fit
+    if not reference.any() or not prediction.any():
+        return (0.0, 1.0) if reference.any() == prediction.any() else (HD95_ONE_EMPTY_MM, 0.0)
+    surfaces = surface_distances_mm(reference, prediction, spacing_mm)
+    percentiles = []
+    for distance, area in surfaces:
+        order = np.argsort(distance, kind="stable")
+        share = np.cumsum(area[order])
+        # the sum's rounding must not decide where exactly 95 % are reached
+        position = int(np.searchsorted(share / share[-1], 0.95 - 1e-9))
+        percentiles.append(float(distance[order][position]))
+    # nor a distance's whether it is within the tolerance
+    within = sum(float(area[distance <= tolerance_mm + 1e-9].sum()) for distance, area in surfaces)
+    return max(percentiles), within / sum(float(area.sum()) for _, area in surfaces)
 
 
 def hd95(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> float:
@@ -232,59 +276,19 @@ def hd95(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[flo
     The larger of the two directed 95th percentiles, each weighted by surface area, as the surface-distance
     package and the BraTS evaluation have it. 0 where both masks are empty, 374 where exactly one is.
     """
-    count_overlap(reference, prediction)  # raises where shapes or types do not fit
-    if not reference.any() or not prediction.any():
-        return 0.0 if reference.any() == prediction.any() else HD95_ONE_EMPTY_MM
-    percentiles = []
-    for distance, area in surface_distances_mm(reference, prediction, spacing_mm):
-        order = np.argsort(distance, kind="stable")
-        share = np.cumsum(area[order])
-        # the sum's rounding must not decide where exactly 95 % are reached
-        position = int(np.searchsorted(share / share[-1], 0.95 - 1e-9))
-        percentiles.append(float(distance[order][position]))
-    return max(percentiles)
+    return surface_metrics(reference, prediction, spacing_mm)[0]
 
 
-def bootstrap_means(
-    values: np.ndarray, patients: Sequence[str], draws: int = BOOTSTRAP_DRAWS, seed: int = 0
-) -> np.ndarray:
-    """Return `draws` bootstrap means of per-case `values` (n,), resampling patients, not cases; seeded.
+def normalised_surface_dice(
+    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float = 1.0
+) -> float:
+    """Share of the two surfaces, by area, that lies within the tolerance of the other one: 0 to 1.
 
-    A drawn patient brings all its cases. Empty input gives an empty array.
+    Masks (D, H, W) bool, spacing (D, H, W) in mm. 1 where both masks are empty, 0 where exactly one is.
+    Nikolov et al. 2018 (arXiv 1809.04430), equation 4, with surfaces as the surface-distance package has
+    them.
     """
-    if len(values) == 0:
-        return np.zeros(0)
-    _, group = np.unique(np.asarray(patients), return_inverse=True)
-    total = np.bincount(group, weights=values)
-    count = np.bincount(group)
-    chosen = np.random.default_rng(seed).integers(0, len(count), (draws, len(count)))
-    return total[chosen].sum(1) / count[chosen].sum(1)
-
-
-def summarise(values: Sequence[float], patients: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Return mean, sd, median, ci95 (bootstrap over patients) and n of per-case values, NaN left out.
-
-    sd is the sample standard deviation (n - 1). What cannot be told is None: sd of one case, ci95 of one
-    patient, everything of no case.
-    """
-    array = np.asarray(values, float)
-    kept = ~np.isnan(array)
-    left_out = int((~kept).sum())
-    if not kept.any():
-        return {"mean": None, "sd": None, "median": None, "ci95": None, "n": 0, "n_undefined": left_out}
-    array = array[kept]
-    chosen = [patient for patient, keep in zip(patients, kept, strict=True) if keep]
-    ci95 = None
-    if len(set(chosen)) > 1:
-        ci95 = [float(edge) for edge in np.percentile(bootstrap_means(array, chosen, seed=seed), [2.5, 97.5])]
-    return {
-        "mean": float(array.mean()),
-        "sd": float(array.std(ddof=1)) if len(array) > 1 else None,
-        "median": float(np.median(array)),
-        "ci95": ci95,
-        "n": len(array),
-        "n_undefined": left_out,
-    }
+    return surface_metrics(reference, prediction, spacing_mm, tolerance_mm)[1]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from utils_v2 import load_checkpoint
+from utils_v2 import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -104,6 +104,11 @@ def test_summary_follows_from_the_rows_per_case(trained):
             assert part["n_cases"] == len(chosen)
             assert part["dice"]["mean"] == pytest.approx(chosen["dice"].mean())
             assert part["hd95_mm"]["median"] == pytest.approx(chosen["hd95_mm"].median())
+            assert part["nsd_1mm"]["mean"] == pytest.approx(chosen["nsd_1mm"].mean())
+            assert part["lesion_dice"]["mean"] == pytest.approx(chosen["lesion_dice"].mean())
+            assert part["lesions_fn"] == chosen["lesions_fn"].sum()
+            error = chosen["prediction_ml"] - chosen["reference_ml"]
+            assert part["volume_error_ml"]["mean"] == pytest.approx(error.mean())
             tp, fp, fn = (chosen[name].sum() for name in ("tp", "fp", "fn"))
             assert part["dice_pooled"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
             if part["n_patients"] == 1:
@@ -111,8 +116,20 @@ def test_summary_follows_from_the_rows_per_case(trained):
             else:
                 low, high = part["dice"]["ci95"]
                 assert low <= part["dice"]["mean"] <= high
-    assert len(rows) == 2 * (1 + 1 + 3)
+    checkpoint = load_checkpoint(trained / "results" / "tiny" / "best.pt")
+    modes = 4 if checkpoint["postprocessing"]["settings"] else 2
+    assert len(rows) == modes * (1 + 1 + 3)
     assert summary["data_kind"] == "phantom"
+    table = summary["calibration"]["WT"]["tta"]
+    assert 0 < table["n_voxels"] == sum(table["voxels"]) < 16 * 48 * 48  # brain alone
+    gaps = [
+        n * abs(mean - share)
+        for n, mean, share in zip(
+            table["voxels"], table["mean_probability"], table["reference_share"], strict=True
+        )
+        if n
+    ]
+    assert table["ece"] == pytest.approx(sum(gaps) / table["n_voxels"])
     for key in ("threshold", "checkpoint_sha256", "split_sha256", "versions", "hardware", "command"):
         assert summary[key]
 
@@ -148,11 +165,39 @@ def test_dice_per_case_is_that_of_the_mask_the_inference_command_writes(trained,
     assert (trained / "masks" / f"{case}_overlay.png").stat().st_size > 5000
 
 
+def test_postprocessing_of_the_checkpoint_reaches_audit_and_inference(trained, phantom_cohort):
+    folder = trained / "results" / "tiny"
+    emptied = trained / "emptied"
+    emptied.mkdir()
+    shutil.copy(folder / "split.json", emptied)
+    setting = {"min_component_mm3": 0.0, "fill_holes": False, "min_total_mm3": 1e9}
+    content = load_checkpoint(folder / "best.pt") | {"postprocessing": {"settings": {"WT": setting}}}
+    save_checkpoint(emptied / "best.pt", content)
+    run("final_evaluation_v2.py", "--run", emptied, "--device", "cpu", cwd=trained)
+    rows = pd.read_csv(emptied / "evaluation" / "metrics_per_case.csv")
+    volumes = rows.groupby("mode")["prediction_ml"].sum()
+    assert volumes["plain"] == volumes["tta"] == 0
+    assert volumes["plain_raw"] > 0
+    assert volumes["tta_raw"] > 0
+    summary = json.loads((emptied / "evaluation" / "summary.json").read_text())
+    part = summary["cohorts"]["internal"]["WT"]
+    assert part["tta"]["n_empty_prediction"] == part["tta"]["n_cases"]
+    gain = part["tta"]["dice"]["mean"] - part["tta_raw"]["dice"]["mean"]
+    assert part["postprocessing_gain"]["mean"] == pytest.approx(gain)
+    text = (emptied / "evaluation" / "report.html").read_text()
+    assert "emptied below 1e+09 mm3" in text
+    case = json.loads((folder / "split.json").read_text())["test"][0]
+    arguments = ("--input", phantom_cohort / case, "--checkpoint", emptied / "best.pt", "--device", "cpu")
+    for flags, is_empty in (((), True), (("--no-postprocess",), False)):
+        run("inference_v2.py", *arguments, "--output", "cleaned", *flags, cwd=trained)
+        assert (pd.read_csv(trained / "cleaned" / "volumes.csv")["volume_ml"][0] == 0) == is_empty
+
+
 def test_report_needs_no_other_file_and_says_what_it_is(trained):
     text = (trained / "results" / "tiny" / "evaluation" / "report.html").read_text()
     assert "synthetic phantoms, not a BraTS result" in text
     assert "not for clinical use" in text
-    assert text.count("data:image/png;base64,") == 7
+    assert text.count("data:image/png;base64,") == 9
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 

@@ -1,30 +1,36 @@
-"""The metrics against the surface-distance package, naive definitions, invariants and values by hand."""
+"""The metrics against surface-distance and MONAI, naive definitions, invariants and values by hand."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import ndimage
-from surface_distance import compute_robust_hausdorff, compute_surface_distances
+from surface_distance import (
+    compute_robust_hausdorff,
+    compute_surface_dice_at_tolerance,
+    compute_surface_distances,
+)
 from surface_distance.lookup_tables import create_table_neighbour_code_to_surface_area
 
 from utils_v2 import (
     HD95_ONE_EMPTY_MM,
     THRESHOLDS,
-    bootstrap_means,
+    bounding_box,
     count_overlap,
     dice_from_counts,
     dice_score,
     hd95,
+    normalised_surface_dice,
     overlap_at_thresholds,
     precision,
     recall,
-    summarise,
     surface_distances_mm,
+    surface_metrics,
     surfel_area_table,
 )
 
@@ -58,6 +64,7 @@ def test_both_masks_empty() -> None:
     assert dice_score(empty, empty) == 1
     assert dice_from_counts(0, 0, 0) == 1
     assert hd95(empty, empty, (1, 1, 1)) == 0
+    assert normalised_surface_dice(empty, empty, (1, 1, 1)) == 1
     assert math.isnan(precision(empty, empty))
     assert math.isnan(recall(empty, empty))
 
@@ -69,6 +76,8 @@ def test_exactly_one_mask_empty() -> None:
     for mask in (full, one):
         assert dice_score(mask, empty) == dice_score(empty, mask) == 0
         assert hd95(mask, empty, (1, 1, 1)) == hd95(empty, mask, (9, 9, 9)) == HD95_ONE_EMPTY_MM == 374
+        assert normalised_surface_dice(mask, empty, (1, 1, 1), 1e9) == 0
+        assert normalised_surface_dice(empty, mask, (1, 1, 1), 1e9) == 0
         assert math.isnan(precision(mask, empty))
         assert recall(mask, empty) == 0
         assert precision(empty, mask) == 0
@@ -258,20 +267,23 @@ def draw_fragments(rng: np.random.Generator) -> Pair:
     return reference, prediction
 
 
+DRAWS = [
+    draw_noise,
+    draw_blobs,
+    draw_single_voxels,
+    draw_border_touching,
+    draw_sheets,
+    draw_disjoint,
+    draw_nested,
+    draw_identical,
+    draw_fragments,
+]
+
+
 @pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")  # the oracle is from SciPy 1.7's time
 @pytest.mark.parametrize(
     "draw",
-    [
-        draw_noise,
-        draw_blobs,
-        draw_single_voxels,
-        draw_border_touching,
-        draw_sheets,
-        draw_disjoint,
-        draw_nested,
-        draw_identical,
-        draw_fragments,
-    ],
+    DRAWS,
 )
 def test_hd95_equals_the_surface_distance_package(draw: Callable[[np.random.Generator], Pair]) -> None:
     compared = 0
@@ -407,121 +419,78 @@ def test_hd95_leaves_its_input_as_it_was() -> None:
     assert np.array_equal(prediction, copies[1])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Summary and bootstrap
-# ------------------------------------------------------------------------------------------------------------
-
-
-def test_bootstrap_draws_patients_with_all_their_cases() -> None:
-    # Patient a: 9 cases of 1, patient b: 1 case of 0. Draws of two patients are aa, ab, ba, bb: mean 1, 0.9,
-    # 0.9, 0. Resampling cases would give 0 once in 10^10 draws, and 0.8 often.
-    means = bootstrap_means(
-        np.array([1.0] * 4 + [0.0] + [1.0] * 5), ["a"] * 4 + ["b"] + ["a"] * 5, draws=4000
-    )
-    assert means.shape == (4000,)
-    distinct, counts = np.unique(means.round(9), return_counts=True)
-    assert distinct.tolist() == [0.0, 0.9, 1.0]
-    assert counts / 4000 == pytest.approx([0.25, 0.5, 0.25], abs=0.04)  # 5 standard errors
-
-
-def test_bootstrap_of_one_patient_has_no_spread_however_many_cases() -> None:
-    means = bootstrap_means(np.array([0.0, 0.5, 1.0, 0.5]), ["a"] * 4, draws=50)
-    assert means.tolist() == [0.5] * 50
-
-
-def test_bootstrap_of_single_cases_spreads_like_the_standard_error() -> None:
-    values = np.random.default_rng(3).normal(0.8, 0.1, 40)
-    means = bootstrap_means(values, [f"p{i}" for i in range(40)], draws=20_000)
-    assert means.mean() == pytest.approx(values.mean(), abs=0.001)
-    assert means.std() == pytest.approx(values.std() / math.sqrt(40), rel=0.03)
-
-
-def test_bootstrap_is_seeded() -> None:
-    values, patients = np.arange(12.0), list("aabbccddeeff")
-    first = bootstrap_means(values, patients, draws=100, seed=5)
-    assert np.array_equal(first, bootstrap_means(values, patients, draws=100, seed=5))
-    assert not np.array_equal(first, bootstrap_means(values, patients, draws=100, seed=6))
-
-
-def test_bootstrap_is_blind_to_the_order_of_cases() -> None:
-    values, patients = np.arange(12.0), list("aabbccddeeff")
-    order = np.random.default_rng(0).permutation(12)
-    turned = bootstrap_means(values[order], [patients[i] for i in order], draws=100)
-    assert turned == pytest.approx(bootstrap_means(values, patients, draws=100))
-
-
-def test_bootstrap_of_nothing_is_empty() -> None:
-    assert bootstrap_means(np.zeros(0), []).shape == (0,)
-
-
-def test_summary_by_hand() -> None:
-    # mean 5; squared deviations 9 + 1 + 1 + 1 + 0 + 0 + 4 + 16 = 32, over 7; the middle two are 4 and 5
-    summary = summarise([2, 4, 4, 4, 5, 5, 7, 9], list("abcdefgh"))
-    assert summary["mean"] == 5
-    assert summary["sd"] == pytest.approx(math.sqrt(32 / 7))
-    assert summary["median"] == 4.5
-    assert summary["n"] == 8
-    assert summary["n_undefined"] == 0
-    low, high = summary["ci95"]
-    # normal theory: 5 +- 1.96 * sqrt(32 / 8 / 8), roughly
-    assert low == pytest.approx(3.6, abs=0.25)
-    assert high == pytest.approx(6.4, abs=0.25)
-
-
-def test_summary_interval_is_over_patients() -> None:
-    # as above: means 0, 0.9 and 1 with 25, 50 and 25 %; over cases it would be about 0.7 to 1
-    assert summarise([1.0] * 9 + [0.0], ["a"] * 9 + ["b"])["ci95"] == [0, 1]
-
-
-def test_summary_leaves_nan_out_with_its_patient_and_counts_it() -> None:
-    nan = float("nan")
-    with_nan = summarise([nan, 1.0, 0.0, nan, 0.5], ["z", "a", "b", "a", "c"])
-    without = summarise([1.0, 0.0, 0.5], ["a", "b", "c"])
-    assert with_nan.pop("n_undefined") == 2
-    assert without.pop("n_undefined") == 0
-    assert with_nan == without
-    assert with_nan["n"] == 3
-
-
-@pytest.mark.parametrize("values", [[], [float("nan")] * 3])
-def test_summary_of_no_value_has_no_statistic(values: list[float]) -> None:
-    assert summarise(values, ["a"] * len(values)) == {
-        "mean": None,
-        "sd": None,
-        "median": None,
-        "ci95": None,
-        "n": 0,
-        "n_undefined": len(values),
-    }
-
-
-def test_summary_tells_no_spread_of_one_case_and_no_interval_of_one_patient() -> None:
-    one_case = summarise([0.7], ["a"])
-    assert (one_case["mean"], one_case["median"], one_case["n"]) == (0.7, 0.7, 1)
-    assert one_case["sd"] is None
-    assert one_case["ci95"] is None
-    one_patient = summarise([0.25, 0.75], ["a", "a"])
-    assert one_patient["sd"] == pytest.approx(math.sqrt(1 / 8))
-    assert one_patient["ci95"] is None
-
-
-def test_summary_refuses_values_without_their_patients() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        summarise([0.5, 0.6, 0.7], ["a", "b"])
-
-
-@settings(max_examples=30)
-@given(
-    st.lists(st.tuples(st.floats(0, 1), st.sampled_from("abcdefgh")), min_size=2, max_size=20),
-    st.integers(0, 100),
-)
-def test_summary_interval_holds_the_mean_and_is_reproducible(
-    cases: list[tuple[float, str]], seed: int
+@pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")
+@pytest.mark.parametrize("draw", DRAWS)
+def test_surface_dice_equals_the_surface_distance_package(
+    draw: Callable[[np.random.Generator], Pair],
 ) -> None:
-    values, patients = zip(*cases, strict=True)
-    assume(len(set(patients)) > 1)
-    summary = summarise(values, patients, seed=seed)
-    low, high = summary["ci95"]
-    assert min(values) - 1e-12 <= low <= summary["mean"] + 1e-9
-    assert summary["mean"] - 1e-9 <= high <= max(values) + 1e-12
-    assert summary == summarise(values, patients, seed=seed)
+    compared = 0
+    for seed in range(32):
+        rng = np.random.default_rng(seed)
+        reference, prediction = draw(rng)
+        if not reference.any() or not prediction.any():
+            continue
+        spacing_mm = SPACINGS_MM[seed % 3] if seed % 4 else tuple(rng.uniform(0.4, 5, 3))
+        tolerance_mm = (0.0, 1.0, 1.7, 4.1)[seed % 4]
+        surfaces = compute_surface_distances(reference, prediction, spacing_mm)
+        expected = compute_surface_dice_at_tolerance(surfaces, tolerance_mm)
+        value = normalised_surface_dice(reference, prediction, spacing_mm, tolerance_mm)
+        assert value == pytest.approx(expected, abs=1e-9), (seed, spacing_mm)
+        assert surface_metrics(reference, prediction, spacing_mm, tolerance_mm) == (
+            hd95(reference, prediction, spacing_mm),
+            value,
+        )
+        compared += 1
+    assert compared >= 28
+
+
+@pytest.mark.filterwarnings("ignore")  # the oracle announces what it will drop
+@pytest.mark.parametrize("draw", [draw_blobs, draw_nested, draw_fragments, draw_disjoint])
+def test_surface_dice_equals_that_of_monai(draw: Callable[[np.random.Generator], Pair]) -> None:
+    metrics = pytest.importorskip("monai.metrics")
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        reference, prediction = draw(rng)
+        spacing_mm = SPACINGS_MM[seed % 4]
+        as_tensor = [torch.from_numpy(mask)[None, None] for mask in (prediction, reference)]
+        expected = metrics.compute_surface_dice(
+            *as_tensor, [1.1], include_background=True, spacing=spacing_mm, use_subvoxels=True
+        )
+        value = normalised_surface_dice(reference, prediction, spacing_mm, 1.1)
+        assert value == pytest.approx(float(expected), abs=1e-5), (seed, spacing_mm)
+
+
+def test_surface_dice_of_parallel_sheets_by_hand() -> None:
+    # two sheets 5 slices of 0.5 mm apart: no element is nearer than 2.5 mm to the other sheet's, and each has
+    # its partner just there
+    sheets = np.zeros((2, 9, 6, 6), bool)
+    sheets[0, 1], sheets[1, 6] = True, True
+    assert normalised_surface_dice(*sheets, (0.5, 1, 1), 2.49) < 0.6  # the inner faces are nearer
+    assert normalised_surface_dice(*sheets, (0.5, 1, 1), 2.5) == 1
+    assert normalised_surface_dice(*sheets, (0.5, 1, 1), 1.99) == 0
+
+
+def test_surface_dice_counts_what_lies_on_the_tolerance() -> None:
+    # 0.1 + 0.2 is not 0.3 to a computer; three voxels of 0.1 mm are
+    masks = np.zeros((2, 3, 3, 9), bool)
+    masks[0, 1, 1, 2], masks[1, 1, 1, 5] = True, True
+    assert normalised_surface_dice(*masks, (0.1, 0.1, 0.1), 0.3) == 1
+
+
+@settings(max_examples=40)
+@given(draw_pair_and_spacing(), st.floats(0, 3), st.floats(0, 3))
+def test_surface_dice_is_bounded_symmetric_and_grows_with_the_tolerance(
+    drawn: tuple[np.ndarray, np.ndarray, tuple[float, ...]], tolerance_mm: float, more_mm: float
+) -> None:
+    reference, prediction, spacing_mm = drawn
+    value = normalised_surface_dice(reference, prediction, spacing_mm, tolerance_mm)
+    assert 0 <= value <= 1
+    assert value == pytest.approx(normalised_surface_dice(prediction, reference, spacing_mm, tolerance_mm))
+    assert normalised_surface_dice(reference, reference, spacing_mm, 0) == 1
+    assert value <= normalised_surface_dice(reference, prediction, spacing_mm, tolerance_mm + more_mm)
+
+
+def test_bounding_box_by_hand() -> None:
+    mask = voxels((5, 6, 7), (1, 5, 2), (3, 4, 2))
+    assert bounding_box(mask) == (slice(1, 4), slice(4, 6), slice(2, 3))
+    assert bounding_box(np.ones((2, 3), bool)) == (slice(0, 2), slice(0, 3))
