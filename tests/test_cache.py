@@ -344,7 +344,7 @@ import numpy as np
 
 import cache_v2
 from cache_v2 import prepare_cases
-from cases_v2 import find_cases
+from layouts_v2 import find_cases
 from utils_v2 import InputError
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
 
+from cache_v2 import prepare_case
 from cases_v2 import (
     LABEL_CONVENTIONS,
     MODALITIES,
@@ -25,7 +26,7 @@ from cases_v2 import (
     unwrap_int16,
 )
 from layouts_v2 import LAYOUTS, cases_of_files, describe_cases, find_cases
-from volumes_v2 import normalise_volume, prepare_case
+from volumes_v2 import normalise_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 REGIONS = ("WT", "TC", "ET")

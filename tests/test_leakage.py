@@ -11,7 +11,8 @@ import pytest
 import torch
 from test_commands import TINY, complaint, run
 
-from cases_v2 import Case, find_cases
+from cases_v2 import Case
+from layouts_v2 import find_cases
 from leakage_v2 import (
     GRID,
     SAME_SCAN,
