@@ -422,6 +422,7 @@ import sys
 from cache_v2 import prepare_cases
 from cases_v2 import find_cases
 from dataset_balance_v2 import BalancedSampler, SlabDataset, balance_slices, make_train_loader, slice_table
+
 if __name__ == "__main__":
     cases = prepare_cases(find_cases(sys.argv[1])[:3], ("flair",), ("WT",), sys.argv[2])
     table = slice_table(cases, ("WT",))
