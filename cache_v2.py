@@ -44,7 +44,7 @@ CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Decoded volumes of D
 # What names a case and says nothing of its pixels: a renamed copy shares the entry.
 NAMES_OF_CASE = ("case_id", "patient_id", "cohort", "aliases")
 ABANDONED_S = 7 * 24 * 3600  # after which what another machine left counts as dead
-CACHE_GB = 50.0  # default limit; BraTS 2021 takes about TODO GB a modality
+CACHE_GB = 50.0  # default limit; BraTS 2021 takes about 9 a modality
 BUILDERS = 8  # processes at most, as each holds a case in memory
 POOL_WORTH_S = 20.0  # work left from which processes, slow to start, are worth starting
 CASES_TO_ESTIMATE = 8  # sizes known before the whole cohort's is estimated
