@@ -160,7 +160,8 @@ def find_unlike(cases: Sequence[Case], modalities: Sequence[str]) -> list[Proble
     having = Counter((case.layout, name) for case in cases for name in case.modalities)
     problems = []
     for case in cases:
-        for name in (name for name in MODALITIES if name not in {*modalities, *case.modalities}):
+        missing = [name for name in MODALITIES if name not in {*modalities, *case.modalities}]
+        for name in missing:
             if 2 * having[case.layout, name] > size[case.layout]:
                 folder = str(next(iter((*case.modalities.values(), case.mask)))[0].parent)
                 sentence = f"has no {name} file, which most other cases have"
