@@ -66,8 +66,8 @@ def check_intensities(array: np.ndarray) -> Iterator[tuple[Literal["error", "war
         yield "warning", "int16 intensities wrapped around at 32767; they are read as the brighter ones meant"
 
 
-def check_case(case: Case, modalities: Sequence[str] | None = None) -> list[Problem]:
-    """Return what is wrong with a case's files, every one read whole; `modalities` None checks all it has.
+def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = True) -> list[Problem]:
+    """Return what is wrong with a case's files, each read whole: the modalities it must have, or all it has.
 
     Unreadable files, NaN, constant volumes, unknown labels, and grids that differ are errors; an empty mask
     is a warning.
@@ -80,7 +80,9 @@ def check_case(case: Case, modalities: Sequence[str] | None = None) -> list[Prob
 
     first: Grid | None = None
     decoded: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
-    for name in modalities or [name for name in MODALITIES if name in case.modalities]:
+    for name in MODALITIES:
+        if name not in modalities and not (every_file and name in case.modalities):
+            continue
         if name not in case.modalities:
             note("error", missing_modality_message(case, name))
             continue
@@ -109,7 +111,10 @@ def check_case(case: Case, modalities: Sequence[str] | None = None) -> list[Prob
 
 
 def check_cases(
-    cases: Sequence[Case], modalities: Sequence[str] | None = None, workers: int | None = None
+    cases: Sequence[Case],
+    modalities: Sequence[str] = (),
+    every_file: bool = True,
+    workers: int | None = None,
 ) -> list[Problem]:
     """Return the problems of all cases, in their order, found in parallel with a progress bar.
 
@@ -117,7 +122,7 @@ def check_cases(
     """
     if workers is None:
         workers = min(os.cpu_count() or 1, len(cases) // CASES_A_WORKER)
-    check = partial(check_case, modalities=modalities)
+    check = partial(check_case, modalities=modalities, every_file=every_file)
     progress = partial(tqdm, total=len(cases), desc="checking", unit="case", leave=False)
     if workers <= 1:
         return [problem for case in progress(cases) for problem in check(case)]
@@ -143,13 +148,25 @@ def check_cohort(
     errors: list[InputError] = []
     cases = scan_cases(data_dir, slice_channel, layout, mapping, errors)
     problems = [Problem("", *_place(error)) for error in errors]
+    problems += check_cases(cases, modalities, every_file, workers)
     if every_file:
-        common = Counter(name for case in cases for name in case.modalities)
-        usual = [name for name in MODALITIES if name in modalities or common[name] * 2 > len(cases)]
-        problems += check_cases(cases, usual, workers)
-    else:
-        problems += check_cases(cases, modalities, workers)
+        problems += find_unlike(cases, modalities)
     return cases, problems
+
+
+def find_unlike(cases: Sequence[Case], modalities: Sequence[str]) -> list[Problem]:
+    """Return a warning for each modality, not among those asked for, that most others of a layout have."""
+    size = Counter(case.layout for case in cases)
+    having = Counter((case.layout, name) for case in cases for name in case.modalities)
+    problems = []
+    for case in cases:
+        missing = [name for name in MODALITIES if name not in {*modalities, *case.modalities}]
+        for name in missing:
+            if 2 * having[case.layout, name] > size[case.layout]:
+                folder = str(next(iter((*case.modalities.values(), case.mask)))[0].parent)
+                sentence = f"has no {name} file, which most other cases have"
+                problems.append(Problem(case.case_id, folder, "warning", sentence))
+    return problems
 
 
 def _place(error: InputError) -> tuple[str, Literal["error"], str]:

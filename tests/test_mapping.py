@@ -1,0 +1,188 @@
+"""Patients from ids and mapping sheets: who is joined, who is not, and where sheets are found."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from cases_v2 import Case
+from dataset_balance_v2 import SPLIT_PARTS, split_cases
+from layouts_v2 import find_cases
+from mapping_v2 import find_sheets, group_ids, known_ids, map_patients, patient_named
+
+# Header and cells as the organisers write them: a no-break space ends the last header, NA stands for nothing.
+SHEET_2021 = (
+    "BraTS2021,Data Collection,Site No (represents the originating institution),BraTS2020,BraTS2019,"
+    "BraTS2018,BraTS2017\N{NO-BREAK SPACE}\n"
+    "BraTS2021_00000,TCGA-GBM,1,BraTS20_Training_001,BraTS19_CBICA_AAB_1,"
+    "Brats18_CBICA_AAB_1,Brats17_CBICA_AAB_1\n"
+    "BraTS2021_00002,UCSF-PDGM,2,NA,NA,NA,NA\n"
+    "BraTS2021_00003,UCSF-PDGM,2,NA,NA,NA,NA\N{NO-BREAK SPACE}\n"
+)
+SHEET_2020 = (
+    "Grade,BraTS_2017_subject_ID,BraTS_2018_subject_ID,TCGA_TCIA_subject_ID,BraTS_2019_subject_ID,"
+    "BraTS_2020_subject_ID\n"
+    "LGG,Brats17_TCIA_101_1,Brats18_TCIA09_101_1,TCGA-CS-4942,BraTS19_TCIA09_101_1,BraTS20_Training_300\n"
+    "HGG,NA,NA,NA,NA,BraTS20_Training_301\n"
+)
+SHEET_2023 = (
+    "BraTS2023;BraTS2021;Segmentation (1=test);Local ID\n"
+    "BraTS-GLI-00002-000;BraTS2021_00002;0;7\n"
+    "BraTS-GLI-00002-001;BraTS2021_00003;0;7\n"
+    "BraTS-GLI-00005-000;BraTS2021_00005;0;7\n"
+)
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.fixture
+def cohort(tmp_path: Path, write_nifti: Callable[..., Path]) -> Callable[..., list[Case]]:
+    """Function that writes cases of these ids below a folder and finds them, with a mapping if need be."""
+
+    def make(ids: Sequence[str], folder: str = "BraTS/data", mapping: Path | None = None) -> list[Case]:
+        for case_id in ids:
+            joint = "-t2f" if "-GLI-" in case_id else "_flair"
+            write_nifti(tmp_path / folder / case_id / f"{case_id}{joint}.nii", np.zeros((2, 2, 2), np.uint8))
+        return find_cases(tmp_path / folder, mapping=mapping)
+
+    return make
+
+
+IDS_2021 = ("BraTS2021_00000", "BraTS2021_00002", "BraTS2021_00003", "BraTS2021_00005")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize("place", ["BraTS/data", "BraTS", "BraTS/data/nested"])
+def test_a_sheet_beside_the_cases_names_their_other_ids(tmp_path, cohort, encoding, place):
+    write(tmp_path / place / "BraTS21-17_Mapping.csv", SHEET_2021, encoding)
+    first, *others = cohort(IDS_2021)
+    assert first.aliases == (
+        "BraTS19_CBICA_AAB",
+        "BraTS19_CBICA_AAB_1",
+        "BraTS20_Training_001",
+        "Brats17_CBICA_AAB",
+        "Brats17_CBICA_AAB_1",
+        "Brats18_CBICA_AAB",
+        "Brats18_CBICA_AAB_1",
+    )
+    assert [case.patient_id for case in (first, *others)] == list(IDS_2021)  # NA joins nobody
+    assert all(case.aliases == () for case in others)
+
+
+def test_a_sheet_two_levels_above_is_not_looked_for(tmp_path, cohort):
+    write(tmp_path / "BraTS21-17_Mapping.csv", SHEET_2021)
+    assert cohort(IDS_2021)[0].aliases == ()
+
+
+def test_a_2019_case_is_known_by_its_2021_scan(tmp_path, cohort):
+    write(tmp_path / "BraTS" / "BraTS21-17_Mapping.csv", SHEET_2021)
+    seen = set().union(*map(known_ids, cohort(IDS_2021)))
+    first, second = cohort(["BraTS19_CBICA_AAB_1", "BraTS19_CBICA_AAG_1"], "other/2019")
+    assert known_ids(first) & seen
+    assert not known_ids(second) & seen
+
+
+def test_a_2020_case_is_known_as_the_tcga_patient_of_the_picture_slices(tmp_path, cohort, write_slices):
+    write(tmp_path / "BraTS" / "data" / "name_mapping.csv", SHEET_2020)
+    first, second = cohort(["BraTS20_Training_300", "BraTS20_Training_301"])
+    case_id = "TCGA_CS_4942_19970222"
+    write_slices(tmp_path / "lgg" / "kaggle" / case_id, case_id, {1: np.zeros((2, 2), np.uint8)})
+    (slices,) = find_cases(tmp_path / "lgg" / "kaggle")
+    assert known_ids(slices) & known_ids(first) == {"TCGA_CS_4942"}
+    assert not known_ids(slices) & known_ids(second)
+
+
+def test_the_2023_sheet_makes_two_2021_scans_one_patient_and_the_split_keeps_them_together(tmp_path, cohort):
+    sheet = write(tmp_path / "sheets" / "gli.csv", SHEET_2023)
+    cases = cohort([*IDS_2021, *(f"BraTS2021_0001{n}" for n in range(4))], mapping=sheet)
+    by_id = {case.case_id: case.patient_id for case in cases}
+    assert by_id["BraTS2021_00002"] == by_id["BraTS2021_00003"]
+    assert len(set(by_id.values())) == 7
+    assert by_id["BraTS2021_00005"] == "BraTS2021_00005"  # the same local ID 7 is no evidence
+    for seed in range(10):
+        split = split_cases(cases, seed)
+        places = [{by_id[case_id] for case_id in split[part]} for part in SPLIT_PARTS]
+        assert sum(map(len, places)) == 7
+
+
+def test_the_order_of_columns_and_their_headers_do_not_matter(tmp_path, cohort):
+    rows = [line.split(";") for line in SHEET_2023.splitlines()]
+    shuffled = "\n".join("\t".join((row[1], row[3], row[0])) for row in [["?"] * 4, *rows[1:]])
+    cases = cohort(IDS_2021, mapping=write(tmp_path / "x.csv", shuffled))
+    assert [case.patient_id for case in cases][1:3] == ["BraTS2021_00002"] * 2
+
+
+def test_a_sheet_of_ones_own_joins_scans_by_its_patient_column(tmp_path, cohort):
+    text = "Scan,Age,Patient ID\n17,51,p1\n18,18,p1\n19,17,p2\n20,60,n/a\n21,61,n/a\n"
+    cases = cohort(["17", "18", "19", "20", "21"], mapping=write(tmp_path / "own.csv", text))
+    assert [case.patient_id for case in cases] == ["17", "17", "19", "20", "21"]
+    assert all(case.aliases in ((), ("17",), ("18",)) for case in cases)
+
+
+def test_a_given_sheet_must_be_about_the_cases(tmp_path, cohort, input_error):
+    sheet = write(tmp_path / "other.csv", SHEET_2020)
+    with input_error("--mapping", sheet, "BraTS2021_00000"):
+        cohort(IDS_2021, mapping=sheet)
+    with input_error("--mapping", "nowhere.csv"):
+        cohort(IDS_2021, mapping=tmp_path / "nowhere.csv")
+    excel = tmp_path / "gli.csv"
+    excel.write_bytes(b"PK\x03\x04 and so on")
+    with input_error("--mapping", excel, "CSV"):
+        cohort(IDS_2021, mapping=excel)
+
+
+def test_sheets_are_told_by_their_names(tmp_path):
+    names = ["name_mapping.csv", "BraTS2023_GLI_Mapping.csv", "name_mapping_validation_data.csv"]
+    for name in [*names, "survival_info.csv", "mapping.xlsx", "._name_mapping.csv"]:
+        write(tmp_path / name, "x")
+    assert find_sheets([tmp_path, tmp_path / "nowhere"]) == [tmp_path / name for name in sorted(names)]
+
+
+def test_two_timepoints_are_one_patient_without_any_sheet(cohort):
+    cases = cohort(["BraTS-GLI-00002-000", "BraTS-GLI-00002-001", "BraTS-GLI-00003-000"])
+    assert [case.patient_id for case in cases] == ["BraTS-GLI-00002"] * 2 + ["BraTS-GLI-00003"]
+
+
+@pytest.mark.parametrize(
+    ("scan_id", "patient"),
+    [
+        ("BraTS19_2013_10_1", "BraTS19_2013_10"),
+        ("Brats18_TCIA09_101_1", "Brats18_TCIA09_101"),
+        ("TCGA-CS-4942", "TCGA_CS_4942"),
+        ("BraTS-MEN-00004-000", "BraTS-MEN-00004"),
+        ("BraTS2021_00000\N{NO-BREAK SPACE}", "BraTS2021_00000"),
+        ("NA", None),
+        ("TCGA-GBM", None),  # a data collection, not a patient
+        ("HGG", None),
+        ("", None),
+    ],
+)
+def test_patient_named_by_an_id(scan_id, patient):
+    assert patient_named(scan_id) == patient
+
+
+@given(st.lists(st.lists(st.integers(0, 15), min_size=1, max_size=4), max_size=12))
+def test_groups_are_the_connected_components(rows):
+    named = [[str(number) for number in row] for row in rows]
+    found = group_ids(named)
+    edges = np.array([(row[0], other) for row in rows for other in row]).reshape(-1, 2)
+    graph = coo_matrix((np.ones(len(edges)), edges.T), shape=(16, 16))
+    _, component = connected_components(graph, directed=False)
+    for name, group in found.items():
+        assert group == {other for other in found if component[int(other)] == component[int(name)]}
+
+
+def test_mapping_changes_nothing_but_patients_and_aliases(tmp_path, make_cases):
+    cases = make_cases([("BraTS2021_00000", "?"), ("BraTS2021_00002", "?")])
+    mapped = map_patients(cases, [write(tmp_path / "mapping.csv", SHEET_2021)])
+    assert [dataclasses.replace(case, patient_id="?", aliases=()) for case in mapped] == cases
