@@ -118,7 +118,7 @@ def make_thumbnail(intensities: np.ndarray) -> np.ndarray:
         cells = np.moveaxis(np.tensordot(weights, cells, axes=(1, axis)), 0, axis)
     cells = cells - ndimage.gaussian_filter(cells, HIGH_PASS_CELLS, mode="nearest")
     cells -= cells.mean()
-    return np.rint(cells * (127 / max(np.abs(cells).max(), 1e-9))).astype(np.int8)
+    return np.rint(cells * (127 / max(np.abs(cells).max(), 1e-3))).astype(np.int8)
 
 
 def hash_image(intensities: np.ndarray) -> str:
