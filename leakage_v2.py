@@ -29,7 +29,7 @@ from utils_v2 import InputError, write_json
 
 GRID = 24  # cells of a thumbnail along each axis
 HIGH_PASS_CELLS = 2.0  # SD of what is taken out: the shape all heads share
-SAME_SCAN = 0.88  # cosine similarity from which two thumbnails show one scan; see benchmarks/leakage.py
+SAME_SCAN = 0.88  # cosine from which two thumbnails show one scan; real different heads reach 0.77
 MASK_VOXELS = 100  # smaller masks can agree by chance
 FINGERPRINT_VERSION = 1  # raise when fingerprints change: stored ones are then made anew
 LONGEST_AXIS = 128  # volumes are thinned to it: a cell of the thumbnail still averages over many voxels
@@ -118,7 +118,7 @@ def make_thumbnail(intensities: np.ndarray) -> np.ndarray:
         cells = np.moveaxis(np.tensordot(weights, cells, axes=(1, axis)), 0, axis)
     cells = cells - ndimage.gaussian_filter(cells, HIGH_PASS_CELLS, mode="nearest")
     cells -= cells.mean()
-    return np.rint(cells * (127 / max(np.abs(cells).max(), 1e-9))).astype(np.int8)
+    return np.rint(cells * (127 / max(np.abs(cells).max(), 1e-3))).astype(np.int8)
 
 
 def hash_image(intensities: np.ndarray) -> str:
@@ -275,8 +275,8 @@ def _unit_rows(cells: np.ndarray) -> np.ndarray:
 def compare_thumbnails(tested: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return the cosine similarity (n, m) of thumbnails (n, ...) to (m, ...), the highest of all poses.
 
-    The poses are the 16 turns, each as it is and moved by a cell up and down. That of a constant volume
-    is like nothing: 0 or less.
+    The poses are the 16 turns, each as it is and moved by a cell up and down. A thumbnail of a constant
+    volume is like nothing: 0 or less.
     """
     highest = np.full((len(tested), len(known)), -1.0, np.float32)
     if not len(tested) or not len(known):
