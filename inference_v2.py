@@ -186,7 +186,12 @@ def _predict_slices(
     batch_size: int,
     placement: Placement,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield slice numbers and their probabilities (V, n, R, size, size) float32, on the model's device."""
+    """Yield slice numbers and their probabilities (V, n, R, size, size) float32, on the model's device.
+
+    Slabs are not cropped to the brain: squeeze-and-excitation weighs channels by means over the whole slab,
+    and a network trained on whole slabs knows no others. Cropped to the brain's box, at 0.4 of the work, a
+    briefly trained network's Dice on three phantoms fell from 0.77, 0.70, 0.86 to 0.46, 0.40, 0.70.
+    """
     depth = volume.shape[1]
     wanted = [z for z in range(depth) if brain_voxels is None or brain_voxels[z] >= BRAIN_SLICE_VOXELS]
     at_once = max(1, batch_size // len(views))
@@ -222,7 +227,7 @@ def threshold_regions(
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], Any], ahead: int = 1) -> Iterator[Any]:
-    """Yield read(item) for each item, in order, with the next `ahead` of them being read in a thread.
+    """Yield read(item) for each item, in order, with the next `ahead` (1 or more) being read in a thread.
 
     An error is raised where its item would have come; nothing is read after it.
     """
