@@ -261,7 +261,7 @@ def end_rank(error: BaseException) -> NoReturn:
         raise error
     name = Path(sys.argv[0]).name
     print(
-        f"{name}: error: another rank has ended without a word, or torchrun was stopped; go on with --resume.",
+        f"{name}: error: another rank ended without a word, or torchrun was stopped; go on with --resume.",
         file=sys.stderr,
     )
     sys.exit(1)

@@ -132,7 +132,7 @@ def test_shares_sums_batch_norm_and_loss_are_those_of_one_process(script, tmp_pa
     [
         ("input", "--flag 7: bad; take 6."),
         ("one", "--flag 8: bad here; take 6."),
-        ("killed", "another rank has ended"),
+        ("killed", "another rank ended without a word"),
         ("ctrl-c", "stopped by Ctrl-C"),
     ],
 )
