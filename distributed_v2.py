@@ -9,6 +9,7 @@ gloo, gradients between graphics cards by nccl, so no fact makes a card wait.
 
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +29,14 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(hours=4)
 
 
+class _ToldToStop(Exception):  # noqa: N818
+    """torchrun ends the ranks that are left, as one has ended or as it was told to."""
+
+
+def _stop(_signal: int, _frame: object) -> None:
+    raise _ToldToStop
+
+
 def join_ranks() -> None:
     """Join the other processes torchrun started, and silence all but the main one; nothing without it.
 
@@ -37,6 +46,7 @@ def join_ranks() -> None:
         return
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=PATIENCE)
+    signal.signal(signal.SIGTERM, _stop)
     if not is_main():
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
@@ -242,13 +252,18 @@ def with_one_voice(main: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def end_rank(error: BaseException) -> NoReturn:
     """Raise the error where this rank is the first to end, else exit without a word."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # it ends already
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     if not _is_first_to_end():
         sys.exit(1)
     if not _is_lost_peer(error):
         raise error
     name = Path(sys.argv[0]).name
-    print(f"{name}: error: another rank has ended without a word; go on with --resume.", file=sys.stderr)
+    print(
+        f"{name}: error: another rank ended without a word, or torchrun was stopped; go on with --resume.",
+        file=sys.stderr,
+    )
     sys.exit(1)
 
 
@@ -261,4 +276,5 @@ def _is_first_to_end() -> bool:
 
 def _is_lost_peer(error: BaseException) -> bool:
     """Tell whether an exception says that another process is gone; gloo has no type of its own for it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return is_gloo or isinstance(error, (_ToldToStop, dist.DistError))

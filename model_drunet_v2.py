@@ -137,15 +137,19 @@ class DecoderLevel(nn.Module):
 
 @contextlib.contextmanager
 def pause_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep batch norm's running statistics as they are, in a forward pass that repeats an earlier one."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.track_running_stats = False
+    """Let batch norm update copies of its running statistics: this forward pass repeats an earlier one."""
+    kept = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    for owner, name, buffer in kept:
+        setattr(owner, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for owner, name, buffer in kept:
+            setattr(owner, name, buffer)
 
 
 class DRUNetV2(nn.Module):
@@ -267,12 +271,10 @@ def measure_activation_bytes(
     running statistics stay as they are; what checkpointing recomputes later is not in it.
     """
     device = next(model.parameters()).device
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}  # by the storage's address; the tensor stays, so it is not used anew
 
     def remember(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
         return tensor
 
     was_training = model.training
@@ -284,8 +286,9 @@ def measure_activation_bytes(
         torch.autocast(device.type, dtype, enabled=dtype is not None),
     ):
         model(slab)
+        known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     model.train(was_training)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(kept[address].untyped_storage().nbytes() for address in kept.keys() - known)
 
 
 def estimate_activation_bytes(

@@ -465,6 +465,7 @@ def main(config: TrainConfig) -> None:
     set_seed(config.seed)
     device = local_device(choose_device(config.device))
     dtype = amp_dtype(device, config.amp)
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
     state = make_state(config, device, dtype)
     state.forward, lines = prepare_step(config, state.network, device, dtype)
     folder = Path(config.results_dir) / config.run
