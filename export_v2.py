@@ -46,7 +46,7 @@ from volumes_v2 import Z_RANGE, normalise_volume
 OPSET = 18
 CPU = torch.device("cpu")
 # What goes into the file of a checkpoint. Never the data's place or the patients' ids.
-KEPT = ("thresholds", "post_processing", "data_kind", "epoch", "validation_dice")
+KEPT = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice")
 KEPT_SETTINGS = ("modalities", "regions", "context", "size", "widths")
 TOLERANCE = 1e-4  # of probabilities, between the network and its export
 

@@ -200,16 +200,22 @@ def choose_data(config: TrainConfig, folder: Path) -> Data:
         "held_out": [case.case_id for case in with_mask if case.case_id not in kept_ids],
         "skipped": sorted({problem.case or problem.file for problem in problems}),
     }
-    return Data(cases, choose_split(config, cases, folder), facts, lines + held_out_lines)
+    split = choose_split(config, cases, folder, {*facts["held_out"], *facts["skipped"]})
+    return Data(cases, split, facts, lines + held_out_lines)
 
 
-def choose_split(config: TrainConfig, cases: Sequence[Case], folder: Path) -> dict[str, Any]:
-    """Return the run's split, its own, that of --split or one drawn anew, and freeze it in split.json."""
+def choose_split(
+    config: TrainConfig, cases: Sequence[Case], folder: Path, left_out: set[str]
+) -> dict[str, Any]:
+    """Return the run's split, its own, that of --split or one drawn anew, and freeze it in split.json.
+
+    --split may name cases that are left out of the run; they are left out of its split too.
+    """
     if (folder / "split.json").exists() and config.resume:
         return read_split(folder / "split.json")
     split = read_split(config.split) if config.split else split_cases(cases, config.seed)
-    if config.split and config.hold_out_dir:
-        split = without_cases(split, set(pd.read_csv(folder / "held_out.csv", dtype=str)["case"]))
+    if config.split and left_out:
+        split = without_cases(split, left_out)
     write_json(folder / "split.json", split)
     return split
 
@@ -219,7 +225,7 @@ def without_cases(split: dict[str, Any], left_out: set[str]) -> dict[str, Any]:
     parts = {part: [case_id for case_id in split[part] if case_id not in left_out] for part in SPLIT_PARTS}
     if not parts["train"] or not parts["validation"]:
         raise InputError(
-            "--hold-out-dir: leaves --split without training or validation cases; draw a new one."
+            "--split: all its training or all its validation cases are left out of this run; draw a new one."
         )
     return {**split, **parts, "sha256": split_sha256(parts)}
 

@@ -129,9 +129,9 @@ def test_the_check_runs_a_case_and_fails_where_the_file_differs(
 
 
 def test_post_processing_is_passed_on(checkpoint):
-    content = load_checkpoint(checkpoint) | {"post_processing": {"smallest_mm3": 50}}
+    content = load_checkpoint(checkpoint) | {"postprocessing": {"smallest_mm3": 50}}
     described = describe_checkpoint(checkpoint, content)
-    assert described["post_processing"] == {"smallest_mm3": 50}
+    assert described["postprocessing"] == {"smallest_mm3": 50}
     assert "data_dir" not in described["config"]
 
 
