@@ -49,8 +49,8 @@ def test_the_largest_component_stays_however_small() -> None:
 
 
 def test_components_that_touch_by_a_corner_are_one() -> None:
-    mask = boxes(cube(2, 2), cube(4, 2, 5, 5))
-    assert np.array_equal(clean_region(mask, MM, OFF | {"min_component_mm3": 16.0}, None), mask)
+    mask = boxes(cube(2, 3), cube(5, 1, 6, 6))  # 27 voxels, and one at their corner
+    assert np.array_equal(clean_region(mask, MM, OFF | {"min_component_mm3": 28.0}, None), mask)
 
 
 def test_holes_are_filled_and_open_ones_are_not() -> None:
