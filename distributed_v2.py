@@ -8,6 +8,7 @@ gloo, gradients between graphics cards by nccl, so no fact makes a card wait.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -245,6 +246,8 @@ def with_one_voice(main: Callable[[Any], None]) -> Callable[[Any], None]:
                 raise
             end_rank(error)
         if dist.is_initialized():
+            gc.collect()  # a reducer in a cycle would outlive the group it works with, and abort the process
+            wait_for_all()
             dist.destroy_process_group()
 
     return run

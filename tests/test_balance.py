@@ -460,7 +460,7 @@ def test_batches_are_the_same_whatever_the_workers(phantom_cohort, tmp_path):
     script.write_text(LOADER_SCRIPT)
     done = run_python(script, phantom_cohort, tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    hashes = json.loads(done.stdout)
+    hashes = json.loads(done.stdout.splitlines()[-1])
     assert hashes["none"] == hashes["fork"] == hashes["spawn"]
     assert hashes["none"][0] != hashes["none"][1]
 

@@ -247,7 +247,14 @@ def test_ctrl_c_ends_with_one_sentence_and_leaves_a_run_to_resume(tmp_path, phan
     command = [sys.executable, str(ROOT / "train_drunet_v2.py"), "--data-dir", str(phantom_cohort)]
     command += ["--run", "stopped", "--epochs", "500", *TINY]
     with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a suite in the background ignores it
     ) as process:
         last = tmp_path / "results" / "stopped" / "last.pt"
         deadline = time.monotonic() + 120
