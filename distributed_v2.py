@@ -7,8 +7,8 @@ main rank: it alone writes and prints. Small facts (settings, clock, scores) tra
 gloo, gradients between graphics cards by nccl, so no fact makes a card wait.
 """
 
+import atexit
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -246,11 +246,22 @@ def with_one_voice(main: Callable[[Any], None]) -> Callable[[Any], None]:
                 raise
             end_rank(error)
         if dist.is_initialized():
-            gc.collect()  # a reducer in a cycle would outlive the group it works with, and abort the process
             wait_for_all()
             dist.destroy_process_group()
+            leave()
 
     return run
+
+
+def leave() -> NoReturn:
+    """End this process with exit code 0 once its work is done and its exit handlers have run.
+
+    The interpreter's own teardown is left out: with the threads of a finished group it aborts now and then.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def end_rank(error: BaseException) -> NoReturn:

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.common import print_table, time_pairs, write_result
 from cache_entry_v2 import crop_volume
-from cases_v2 import find_cases, is_phantom, load_case
+from cases_v2 import is_phantom, load_case
+from layouts_v2 import find_cases
 from make_phantom_v2 import write_cohort
 from utils_v2 import option, run_command
 from volumes_v2 import QUARTILE_DISTANCE, Z_RANGE, brain_mask

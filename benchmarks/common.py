@@ -35,7 +35,7 @@ def write_result(name: str, content: dict[str, Any]) -> Path:
     """Write benchmarks/results/<name>.json: `content`, and the command, date, hardware and versions."""
     path = RESULTS / f"{name}.json"
     made = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "hardware": describe_machine(choose_device("auto")),
         "versions": describe_versions(),

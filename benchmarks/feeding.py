@@ -18,7 +18,6 @@ import numpy as np
 
 from benchmarks.common import print_table, time_pairs, write_result
 from cache_v2 import prepare_cases
-from cases_v2 import find_cases
 from dataset_balance_v2 import (
     BalancedSampler,
     BrightnessContrast,
@@ -29,6 +28,7 @@ from dataset_balance_v2 import (
     slice_table,
     start_worker,
 )
+from layouts_v2 import find_cases
 from make_phantom_v2 import write_cohort
 from utils_v2 import option, run_command
 from volumes_v2 import fit_slices, place_slices

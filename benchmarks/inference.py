@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from backends_v2 import fold_batch_norm, prepare_network
 from benchmarks.common import print_table, time_pairs, write_result
-from cases_v2 import find_cases
 from inference_v2 import (
     VIEWS,
     InferenceConfig,
@@ -40,6 +39,7 @@ from inference_v2 import (
     threshold_regions,
     write_case,
 )
+from layouts_v2 import find_cases
 from make_phantom_v2 import make_phantom, write_cohort
 from model_drunet_v2 import WIDTHS
 from utils_v2 import InputError, amp_dtype, choose_device, option, run_command

@@ -22,7 +22,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from benchmarks.common import print_table, write_result
-from cases_v2 import find_cases, load_case
+from cases_v2 import load_case
+from layouts_v2 import find_cases
 from leakage_v2 import (
     GRID,
     SAME_SCAN,
