@@ -93,7 +93,7 @@ class TrainConfig:
 DEMO: dict[str, Any] = {
     "size": 128,
     "widths": (16, 32, 64, 128, 256),
-    "max_minutes": 4.0,
+    "max_minutes": 6.0,
     "slabs_per_epoch": 1024,
     "learning_rate": 2e-3,
     "min_learning_rate": 2e-4,
