@@ -6,6 +6,7 @@ that was moved, copied or renamed is found again. cache_entry_v2.py says what an
     cache/entries/<key>/   volume.npy, reference.npy, facts.json (written last; its time is that of last use)
     cache/stamps/<hash>    the key of files of this path, size and time, so that they need not be read again
     cache/runs/<owner>     the keys a running command needs; nobody removes those
+    cache/fingerprints/    what leakage_v2.py knows cases by that have no entry
 """
 
 import atexit
@@ -33,16 +34,17 @@ from tqdm import tqdm
 
 from cache_entry_v2 import PreparedCase, open_entry, owned_name, read_facts, remove_entry, write_entry
 from cases_v2 import Case, load_case, regions_from_labels
-from leakage_v2 import fingerprint, fingerprint_modality
+from leakage_v2 import FINGERPRINT_VERSION, fingerprint, fingerprint_modality
 from utils_v2 import InputError, file_sha256, write_atomically
 from volumes_v2 import normalise_volume
 
 CACHE_VERSION = (
-    3  # raise when normalisation or the layout of entries changes: old entries are then never read
+    4  # raise when normalisation or the layout of entries changes: old entries are then never read
 )
 CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Decoded volumes of DRUnet V2; safe to delete.\n"
 # What names a case and says nothing of its pixels: a renamed copy shares the entry.
 NAMES_OF_CASE = ("case_id", "patient_id", "cohort", "aliases")
+FOLDERS = ("entries", "stamps", "runs", "fingerprints")
 ABANDONED_S = 7 * 24 * 3600  # after which what another machine left counts as dead
 CACHE_GB = 50.0  # default limit; BraTS 2021 takes about 9 a modality
 BUILDERS = 8  # processes at most, as each holds a case in memory
@@ -62,7 +64,11 @@ def _hash_case(
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     fields = {name: value for name, value in fields.items() if name not in NAMES_OF_CASE}
     fields["modalities"] = [case.modalities[name] for name in modalities]
-    content = json.dumps([CACHE_VERSION, list(modalities), list(regions), fields], default=identify)
+    settings = [CACHE_VERSION, FINGERPRINT_VERSION, list(modalities), list(regions)]
+    try:
+        content = json.dumps([settings, fields], default=identify)
+    except OSError as error:
+        raise InputError(f"{error.filename}: not readable ({error.strerror}); fetch it again.") from error
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -111,13 +117,13 @@ def build_entry(
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Tell whether the process that a name of `owned_name` names is gone; after a week in any case."""
+    """Tell whether the process that a name of `owned_name` names is gone; elsewhere, after a week."""
     host, process, _ = path.name.removeprefix(".").split("~")
     try:
-        if time.time() - path.stat().st_mtime > ABANDONED_S:
-            return True
         if host == platform.node() and os.name == "posix":  # elsewhere signal 0 would end the process
             os.kill(int(process), 0)
+            return False
+        return time.time() - path.stat().st_mtime > ABANDONED_S
     except (ProcessLookupError, FileNotFoundError):
         return True
     except PermissionError:
@@ -127,7 +133,7 @@ def _is_abandoned(path: Path) -> bool:
 
 def open_cache(cache_dir: Path) -> None:
     """Make the cache's folders and its tag where missing, and remove what killed processes left."""
-    for name in ("entries", "stamps", "runs"):
+    for name in FOLDERS:
         (cache_dir / name).mkdir(parents=True, exist_ok=True)
     tag = cache_dir / "CACHEDIR.TAG"  # by which backup programs know a cache, and `clear_cache` ours
     if not tag.is_file():
@@ -216,7 +222,8 @@ def clear_cache(cache_dir: str | Path) -> int:
     if held_keys(cache_dir, by_others=True):
         raise InputError(f"--cache-dir {cache_dir}: a running command uses this cache; wait until it ends.")
     size = sum(size for size, _ in list_entries(cache_dir).values())
-    for name in ("entries", "stamps", "runs"):
+    size += sum(path.stat().st_size for path in (cache_dir / "fingerprints").glob("*.json"))
+    for name in FOLDERS:
         shutil.rmtree(cache_dir / name, ignore_errors=True)
     tag.unlink(missing_ok=True)
     if not any(cache_dir.iterdir()):

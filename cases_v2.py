@@ -196,14 +196,19 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def read_slices(paths: Sequence[Path], channel: int) -> np.ndarray:
-    """Return the slices of one case as (D, H, W) of their own integer type; of RGB files one channel."""
+def read_slices(paths: Sequence[Path], channel: int | None) -> np.ndarray:
+    """Return the slices of one case as (D, H, W) of their own integer type.
+
+    Of RGB files one channel; with None, for masks, whatever their colour, the brightest.
+    """
     slices = []
     for path in paths:
         pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         if pixels is None:
             raise InputError(f"{path}: not a readable picture; export it again.")
-        if pixels.ndim == 3:
+        if pixels.ndim == 3 and channel is None:
+            pixels = pixels[..., :3].max(-1)
+        elif pixels.ndim == 3:
             if not 0 <= channel < min(pixels.shape[2], 3):
                 raise InputError(f"{path}: has no channel {channel}; --slice-channel takes 0, 1 or 2.")
             pixels = pixels[..., 2 - channel]  # OpenCV reads BGR
@@ -219,7 +224,7 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     Raises InputError on a value the case's convention does not have; float masks may miss it by 1e-3.
     """
     if case.layout == "slices":
-        labels, affine = read_slices(case.mask, case.slice_channel), SLICES_AFFINE
+        labels, affine = read_slices(case.mask, None), SLICES_AFFINE
         values = np.unique(labels)
         labels = np.where(labels == 255, 1, labels) if values[-1] == 255 else labels
     else:
@@ -255,7 +260,7 @@ def check_affine(path: Path, affine: np.ndarray, expected: np.ndarray) -> None:
 
 def _file_with_value(case: Case, value: float) -> Path:
     if case.layout == "slices":
-        return next(path for path in case.mask if (read_slices([path], case.slice_channel) == value).any())
+        return next(path for path in case.mask if (read_slices([path], None) == value).any())
     return case.mask[0]
 
 

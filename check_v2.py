@@ -63,7 +63,7 @@ def check_intensities(array: np.ndarray) -> Iterator[tuple[Literal["error", "war
     elif array.dtype.newbyteorder("=") == np.int16 and (cut := int((array == 2**15 - 1).sum())):
         yield "warning", f"{cut} voxels are at 32767, the largest value of int16: brighter ones were cut off"
     elif array.dtype.newbyteorder("=") == np.int32 and array.max() >= 2**15:
-        yield "warning", "int16 intensities wrapped around at 32767; they are read as the brighter ones meant"
+        yield "warning", "holds 32768 and more: int32, or int16 that wrapped around and was put right"
 
 
 def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = True) -> list[Problem]:

@@ -52,6 +52,12 @@ def join_ranks() -> None:
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
+def refuse_ranks() -> None:
+    """Raise InputError where torchrun started a command that runs as one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun: this command runs as one process; start it with python.")
+
+
 def rank() -> int:
     """Return this process's number, 0 in a lone one."""
     return dist.get_rank() if dist.is_initialized() else 0

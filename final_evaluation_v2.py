@@ -32,9 +32,10 @@ from cache_v2 import CACHE_GB, PreparedCase, prepare_cases
 from cases_v2 import Case, with_reference
 from compare_v2 import compare_runs
 from dataset_balance_v2 import cases_of_split, read_split
+from distributed_v2 import refuse_ranks
 from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
-from layouts_v2 import LayoutName, describe_cases, find_cases
-from leakage_v2 import find_leakage, identify_cases, identity_of_ids, unpack_identities
+from layouts_v2 import LayoutName, describe_cases, find_cases, find_cases_of_run
+from leakage_v2 import find_seen, identify_cases, identity_of_ids, unpack_identities
 from measure_v2 import measure_case, summarise_all
 from plots_v2 import plot_curves
 from postprocess_v2 import postprocess, settings_of
@@ -85,7 +86,7 @@ class EvaluationConfig:
         None, "CSV sheet of ids of --external-dir, beside those found with the cases"
     )
     cache_gb: float = option(CACHE_GB, "largest size of that folder in GB; what is unused longest goes first")
-    slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
+    slice_channel: int = option(1, "channel of RGB slices that holds FLAIR, of --external-dir")
     batch_size: int = option(16, "slabs a forward pass")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
     amp: bool = option(True, "mixed precision where the device has it")
@@ -103,7 +104,7 @@ def list_leakage(
     chosen: dict[str, list[Case]],
     cohorts: dict[str, list[PreparedCase]],
 ) -> pd.DataFrame:
-    """Return the rows of `find_leakage` for the internal and the external cohort.
+    """Return the rows of `find_seen` for the internal and the external cohort.
 
     Training cases are known by the identities in the checkpoint; where it is older than these, they are read
     from the run's data.
@@ -123,7 +124,7 @@ def list_leakage(
             continue
         prints = {case.case_id: case.fingerprint for case in cohorts[cohort]}
         tested = identify_cases(chosen[cohort], model.modalities, config.cache_dir, prints)
-        tables.append(find_leakage(cohort, tested, known))
+        tables.append(find_seen(cohort, tested, known))
     return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
@@ -318,8 +319,7 @@ def gather_cohorts(
     """
     settings = model.checkpoint["config"]
     data_dir = config.data_dir or settings["data_dir"]
-    own = (settings.get("layout", "auto"), settings.get("mapping"))
-    found = with_reference(find_cases(data_dir, model.modalities, config.slice_channel, *own), data_dir)
+    found = with_reference(find_cases_of_run(settings, data_dir), data_dir)
     chosen: dict[str, list[Case]] = {
         "validation": cases_of_split(found, split, "validation", data_dir),
         "internal": cases_of_split(found, split, "test", data_dir),
@@ -350,6 +350,7 @@ def main(config: EvaluationConfig) -> None:
     if config.compare:
         compare_runs(config.compare, config.output, config.seed)
         return
+    refuse_ranks()
     set_seed(config.seed)
     run = Path(config.run) if config.run else newest_run(Path("results"))
     model = load_model(run / "best.pt", choose_device(config.device), config.amp)

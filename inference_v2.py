@@ -25,7 +25,8 @@ from tqdm import tqdm
 from backends_v2 import load_onnx, prepare_network
 from cases_v2 import Case, labels_from_regions, load_case, save_labels
 from dataset_balance_v2 import cases_of_split, read_split
-from layouts_v2 import LayoutName, cases_of_files, describe_cases, find_cases
+from distributed_v2 import refuse_ranks
+from layouts_v2 import LayoutName, cases_of_files, describe_cases, find_cases, find_cases_of_run
 from model_drunet_v2 import DRUNetV2
 from plots_v2 import plot_overlay
 from postprocess_v2 import postprocess, settings_of
@@ -302,8 +303,7 @@ def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path
             raise InputError(f"{checkpoint}: an exported network knows no test cases; name some by --input.")
         data_dir = settings["data_dir"]
         print(f"no --input: segmenting the held-out test cases of {data_dir}")
-        layout = settings.get("layout", "auto") if config.layout == "auto" else config.layout
-        cases = find_cases(data_dir, model.modalities, config.slice_channel, layout)
+        cases = find_cases_of_run(settings, data_dir)
         return cases_of_split(cases, read_split(checkpoint.parent / "split.json"), "test", data_dir)
     cases: list[Case] = []
     for name in config.input:
@@ -374,6 +374,7 @@ def segment_cases(
 
 def main(config: InferenceConfig) -> None:
     """Segment cases and write masks, overlays and the volume table."""
+    refuse_ranks()
     set_seed(config.seed)
     if config.batch_size < 1:
         raise InputError(f"--batch-size {config.batch_size} must be at least 1.")

@@ -8,10 +8,10 @@ import dataclasses
 import itertools
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -228,11 +228,12 @@ def scan_cases(
     layout: str = "auto",
     mapping: str | Path | None = None,
     errors: list[InputError] | None = None,
+    must_name: bool = True,
 ) -> list[Case]:
     """Return every case below a folder, sorted by id, whatever modalities it has.
 
     What is wrong with one folder or id is appended to `errors` where there is such a list, and its cases are
-    left out; without one it is raised.
+    left out; without one it is raised. `mapping` has to name one of the cases where `must_name`.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -260,8 +261,12 @@ def scan_cases(
             if errors is None:
                 raise error
             errors.append(error)
-    unique = list({case.case_id: case for case in reversed(cases)}.values())[::-1]
-    return map_patients(settle_conventions(unique), find_sheets(visited), Path(mapping) if mapping else None)
+    count = Counter(case.case_id for case in cases)
+    unique = settle_conventions([case for case in cases if count[case.case_id] == 1])
+    sheets, given = find_sheets(visited), Path(mapping) if mapping else None
+    if given and not must_name:
+        sheets, given = [*sheets, given], None
+    return map_patients(unique, sheets, given)
 
 
 def no_case_message(root: Path, layout: str) -> str:
@@ -280,18 +285,36 @@ def find_cases(
     slice_channel: int = 1,
     layout: str = "auto",
     mapping: str | Path | None = None,
+    must_name: bool = True,
 ) -> list[Case]:
     """Return every case below a folder, sorted by id, with its patient and its cohort's label convention.
 
     `modalities` are the ones each case must have, `layout` a key of LAYOUTS or "auto", `mapping` a CSV sheet
-    of ids beside those found in the folder. Raises InputError where the folder is missing or holds no case, a
-    case lacks a modality, or an id occurs twice.
+    of ids beside those found in the folder; it has to name one of the cases where `must_name`. Raises
+    InputError where the folder is missing or holds no case, a case lacks a modality, or an id occurs twice.
     """
-    cases = scan_cases(data_dir, slice_channel, layout, mapping)
+    cases = scan_cases(data_dir, slice_channel, layout, mapping, must_name=must_name)
     for case in cases:
         if missing := [name for name in modalities if name not in case.modalities]:
             raise InputError(missing_modality_message(case, missing[0]))
     return cases
+
+
+def find_cases_of_run(settings: Mapping[str, Any], data_dir: str | Path) -> list[Case]:
+    """Return the cases below a folder as the run with these settings read them.
+
+    Where it left bad cases out, those that cannot be told or lack a modality are left out again.
+    """
+    where = (
+        data_dir,
+        settings.get("slice_channel", 1),
+        settings.get("layout", "auto"),
+        settings.get("mapping"),
+    )
+    needed = set(settings["modalities"])
+    if settings.get("skip_bad"):
+        return [case for case in scan_cases(*where, errors=[]) if needed <= set(case.modalities)]
+    return find_cases(data_dir, settings["modalities"], *where[1:])
 
 
 def missing_modality_message(case: Case, name: str) -> str:

@@ -186,7 +186,10 @@ def fingerprint_modality(modalities: Sequence[str]) -> str:
 
 def _read_fingerprint(case: Case, modality: str, cache_dir: Path) -> dict[str, str]:
     files = [*case.modalities[modality], *case.mask]
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    try:
+        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    except OSError as error:
+        raise InputError(f"{error.filename}: not readable ({error.strerror}); fetch it again.") from error
     key = hashlib.sha256(f"{FINGERPRINT_VERSION} {modality} {case!r} {stats}".encode()).hexdigest()[:32]
     path = cache_dir / "fingerprints" / f"{key}.json"
     if path.is_file():
@@ -226,13 +229,17 @@ def pack_identities(identities: Sequence[Identity]) -> dict[str, Any]:
     """Return identities as a checkpoint holds them: "seen", lists of text, and "seen_thumbnails", int8."""
     rows = [[i.case_id, i.patient_id, i.image_sha256, i.mask_sha256, list(i.aliases)] for i in identities]
     thumbnails = np.array([i.thumbnail for i in identities], np.int8).reshape(-1, GRID, GRID, GRID)
-    return {"seen": rows, "seen_thumbnails": torch.from_numpy(thumbnails)}
+    return {
+        "seen": rows,
+        "seen_thumbnails": torch.from_numpy(thumbnails),
+        "seen_version": FINGERPRINT_VERSION,
+    }
 
 
 def unpack_identities(checkpoint: Mapping[str, Any]) -> list[Identity] | None:
     """Return the identities in a checkpoint; None where it holds none or thumbnails of another kind."""
     thumbnails: Tensor | None = checkpoint.get("seen_thumbnails")
-    if thumbnails is None or tuple(thumbnails.shape[1:]) != (GRID,) * 3:
+    if thumbnails is None or checkpoint.get("seen_version") != FINGERPRINT_VERSION:
         return None
     return [
         Identity(case_id, patient_id, tuple(aliases), image, mask, cells)
@@ -331,6 +338,21 @@ def find_leakage(cohort: str, tested: Sequence[Identity], known: Sequence[Identi
                 rows.append((cohort, case.case_id, evidence, other.case_id, shown))
                 break
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def find_seen(cohort: str, tested: Sequence[Identity], known: Sequence[Identity]) -> pd.DataFrame:
+    """Return the rows of `find_leakage`, and of further tested cases of the patients found.
+
+    A patient one of whose scans is known by its content alone is known with all scans.
+    """
+    found = find_leakage(cohort, tested, known)
+    training_case = dict(zip(found["case"], found["training_case"], strict=True))
+    direct = [one for one in tested if one.case_id in training_case]
+    siblings = find_siblings([one for one in tested if one.case_id not in training_case], direct)
+    if siblings.empty:
+        return found
+    siblings = siblings.assign(cohort=cohort, training_case=siblings["training_case"].map(training_case))
+    return pd.concat([found, siblings], ignore_index=True)
 
 
 def check_parts(parts: Mapping[str, Sequence[Identity]]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cases_v2 import Case
-from utils_v2 import InputError
+from utils_v2 import InputError, file_sha256
 
 # What ids look like; the group is the patient. Sheets write TCGA ids with hyphens, slices with underscores.
 ID_PATTERNS = (
@@ -25,7 +25,7 @@ ID_PATTERNS = (
     (r"(BraTS20_(?:Training|Validation|Testing)_\d{3})", re.ASCII),
     (r"(BraTS1[5-9]_\w+?)(?:_\d)?", re.ASCII | re.IGNORECASE),  # <SITE>_<ID>_1
 )
-SHEET_NAMES = re.compile(r"[^.].*mapping.*\.csv", re.IGNORECASE)
+SHEET_NAMES = re.compile(r"(?!\.).*mapping.*\.csv", re.IGNORECASE)
 PATIENT_HEADERS = ("patient", "patient_id", "subject", "subject_id")
 NO_VALUE = ("", "na", "n/a", "nan", "none", "null", "-")
 
@@ -98,7 +98,7 @@ def join_rows(rows: Sequence[Sequence[str]], case_ids: Iterable[str], sheet: str
 
     Columns are told by what they hold, not by their headers: known kinds of id count anywhere, ids of other
     kinds in the column that holds most of the cohort's. A column headed patient or subject joins the rows
-    of its sheet.
+    of its sheet, in other cohorts too: its values count together with `sheet`, a name of the sheet's content.
     """
     known = set(case_ids)
     hits: dict[int, int] = defaultdict(int)
@@ -140,11 +140,11 @@ def map_patients(cases: Sequence[Case], sheets: Sequence[Path], given: Path | No
     case_ids = [case.case_id for case in cases]
     rows: list[list[str]] = []
     for path in [*sheets, *([given] if given else [])]:
-        found = join_rows(read_sheet(path), case_ids, str(path))
+        found = join_rows(read_sheet(path), case_ids, file_sha256(path)[:16])
         named = {normalise_id(case_id) for case_id in case_ids} | {
             patient_of(case_id) for case_id in case_ids
         }
-        if path == given and not any(named & {*ids, *map(patient_of, ids)} for ids in found):
+        if path == given and case_ids and not any(named & {*ids, *map(patient_of, ids)} for ids in found):
             raise InputError(
                 f"--mapping {path}: names none of the cases, first {case_ids[0]}; give their sheet."
             )
@@ -159,6 +159,6 @@ def map_patients(cases: Sequence[Case], sheets: Sequence[Path], given: Path | No
     for case in cases:
         group = group_of[normalise_id(case.case_id)]
         patient = min(map(patient_of, cases_of[id(group)]))
-        aliases = {name for name in group if not name.startswith("patient ")} - {case.case_id, patient}
+        aliases = group - {case.case_id, patient}
         mapped.append(dataclasses.replace(case, patient_id=patient, aliases=tuple(sorted(aliases))))
     return mapped

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
-from cache_v2 import CACHE_GB
+from cache_v2 import CACHE_GB, open_cache
 from cases_v2 import Case, is_phantom, with_reference
 from check_v2 import Problem, check_cohort, has_error, write_problems
 from dataset_balance_v2 import (
@@ -27,7 +27,7 @@ from layouts_v2 import LayoutName, describe_cases, find_cases
 from leakage_v2 import find_held_out, fingerprint_modality, identify_cases
 from model_drunet_v2 import WIDTHS
 from plots_v2 import plot_curves
-from utils_v2 import InputError, load_checkpoint, option, write_atomically, write_json
+from utils_v2 import InputError, load_checkpoint, option, typed_options, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class TrainConfig:
     results_dir: str = option("results", "folder that holds the runs")
     run: str | None = option(None, "name of the run folder; default: the data folder's name and the time")
     resume: str | None = option(
-        None, "run folder to go on with, under its own settings; --epochs and the like count"
+        None,
+        "run folder to go on with, under its own settings, a dropped learning rate included; --epochs and "
+        "the like count",
     )
     split: str | None = option(None, "split.json of another run to use instead of drawing a split")
     hold_out_dir: str | None = option(
@@ -128,9 +130,12 @@ def resume_config(config: TrainConfig) -> TrainConfig:
     checkpoint = load_checkpoint(folder / "last.pt")
     saved = checkpoint["config"]
     saved = TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+    place = {"results_dir": str(folder.parent), "run": folder.name}
+    typed = typed_options()
     for field in dataclasses.fields(TrainConfig):
         asked = getattr(config, field.name)
-        if field.name not in RESUMABLE and asked not in (field.default, getattr(saved, field.name)):
+        is_asked = field.name in typed or asked != field.default
+        if field.name not in (*RESUMABLE, "results_dir") and is_asked and asked != getattr(saved, field.name):
             flag = "--" + field.name.replace("_", "-")
             raise InputError(
                 f"{flag} {asked}: {folder} was trained with {getattr(saved, field.name)}; leave the flag out."
@@ -139,9 +144,8 @@ def resume_config(config: TrainConfig) -> TrainConfig:
     kept = {
         name: getattr(config, name)
         for name in RESUMABLE
-        if getattr(config, name) != getattr(TrainConfig, name)
+        if name in typed or getattr(config, name) != getattr(TrainConfig, name)
     }
-    place = {"results_dir": str(folder.parent), "run": folder.name}
     return dataclasses.replace(saved, **{"max_minutes": config.max_minutes, **kept, **place})
 
 
@@ -223,10 +227,8 @@ def choose_split(
 def without_cases(split: dict[str, Any], left_out: set[str]) -> dict[str, Any]:
     """Return a split without some cases, under its own hash; InputError where nothing is left to train on."""
     parts = {part: [case_id for case_id in split[part] if case_id not in left_out] for part in SPLIT_PARTS}
-    if not parts["train"] or not parts["validation"]:
-        raise InputError(
-            "--split: all its training or all its validation cases are left out of this run; draw a new one."
-        )
+    if empty := [part for part in SPLIT_PARTS if not parts[part]]:
+        raise InputError(f"--split: all its {empty[0]} cases are left out of this run; draw a new one.")
     return {**split, **parts, "sha256": split_sha256(parts)}
 
 
@@ -239,8 +241,11 @@ def hold_out(config: TrainConfig, cases: Sequence[Case], folder: Path) -> tuple[
     if not config.hold_out_dir:
         return list(cases), []
     if not (config.resume and table.exists()):
+        open_cache(Path(config.cache_dir))
         modality = fingerprint_modality(config.modalities)
-        held = find_cases(config.hold_out_dir, (modality,), config.slice_channel, mapping=config.mapping)
+        held = find_cases(
+            config.hold_out_dir, (modality,), config.slice_channel, mapping=config.mapping, must_name=False
+        )
         found = find_held_out(
             identify_cases(cases, (modality,), config.cache_dir),
             identify_cases(held, (modality,), config.cache_dir),

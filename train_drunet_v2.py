@@ -153,7 +153,8 @@ class TrainState:
             self.average.steps = checkpoint["average_steps"]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.load_state_dict(checkpoint["scheduler"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty where the run did not need one so far
+            self.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("epoch", "step", "minutes", "best_dice", "best_epoch"):
             setattr(self, name, checkpoint[name])
 
@@ -244,6 +245,7 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
     config, device, dtype = run.config, run.device, run.dtype
     network, optimizer = state.network.train(), state.optimizer
     pool = sum_over_ranks if world_size() > 1 else None
+    optimizer.zero_grad(set_to_none=True)  # what did not fill a step of the last epoch
     loss_function = HybridFocalDiceLoss(config.focal_weight, config.dice_weight, pool=pool)
     warmup_steps = min(config.warmup_steps, len(loader) // config.accumulate)
     totals = torch.zeros(4, device=device)  # loss, overlap, predicted + reference voxels, steps

@@ -335,6 +335,12 @@ def parse_config(config_class: type, description: str, arguments: Sequence[str] 
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def typed_options(arguments: Sequence[str] | None = None) -> set[str]:
+    """Return the names of the fields that the command line sets, to whatever value."""
+    flags = [text.split("=")[0] for text in (sys.argv[1:] if arguments is None else arguments)]
+    return {flag[2:].removeprefix("no-").replace("-", "_") for flag in flags if flag.startswith("--")}
+
+
 def run_command(main: Callable[[Any], None], config_class: type, description: str) -> None:
     """Parse the command line, call `main(config)` and turn bad input into one sentence and exit code 2.
 

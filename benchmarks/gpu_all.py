@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backends_v2 import prepare_network
 from benchmarks import memory, train_step
 from benchmarks.common import print_table, time_pairs, write_result
 from inference_v2 import TrainedModel, predict_volume
@@ -47,10 +48,9 @@ def measure_matmul_tflops(device: torch.device, side: int = 8192) -> float:
 
 def measure_case_s(config: GpuConfig, device: torch.device) -> float:
     """Return the seconds of a BraTS-size case with TTA, no slice empty; the median of three."""
-    network = DRUNetV2(widths=config.widths).to(device, memory_format=torch.channels_last).eval()
-    model = TrainedModel(
-        network, ("flair",), ("WT",), 1, 256, (0.5,), device, amp_dtype(device, True), checkpoint={}
-    )
+    dtype = amp_dtype(device, True)
+    network = prepare_network(DRUNetV2(widths=config.widths), device, dtype)
+    model = TrainedModel(network, ("flair",), ("WT",), 1, 256, (0.5,), device, dtype, checkpoint={})
     volume = np.random.default_rng(config.seed).normal(size=CASE).astype(np.float16)
 
     def predict() -> None:

@@ -522,6 +522,7 @@ def test_the_command_removes_the_cache_and_nothing_else(case, cache, capsys, inp
     assert clear_cache(tmp_path / "nowhere") == 0
     (cache / "notes.txt").unlink()
     prepare_cases([case], ("flair",), ("WT",), cache)
+    (cache / "fingerprints" / "x.json").write_text("{}")
     assert clear_cache(cache) > 0
     assert not cache.exists()
 

@@ -278,6 +278,15 @@ def test_picture_masks_may_hold_one_or_255(tmp_path, write_slices, value):
     assert labels[:, 0, 0].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_a_coloured_picture_mask_is_a_mask_whatever_its_colour(tmp_path, write_slices, channel):
+    mask = np.zeros((4, 6, 3), np.uint8)
+    mask[1, 2, channel] = 255
+    write_slices(tmp_path, "c", {1: grey(1)}, {1: mask})
+    labels = load_case(find_cases(tmp_path)[0]).labels
+    assert np.argwhere(labels).tolist() == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize("value", [2, 128, 254])
 def test_unknown_value_in_a_picture_mask_is_named_with_its_file(tmp_path, write_slices, input_error, value):
     write_slices(tmp_path, "c", {1: grey(1), 2: grey(2)}, {1: grey(255), 2: grey(value)})

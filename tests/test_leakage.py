@@ -21,6 +21,7 @@ from leakage_v2 import (
     compare_thumbnails,
     find_held_out,
     find_leakage,
+    find_seen,
     fingerprint,
     hash_image,
     hash_mask,
@@ -208,6 +209,16 @@ def test_held_out_are_all_cases_of_a_patient_found_by_one():
     assert table["evidence"].tolist() == ["near image", "patient id"]
     assert table["known_as"].tolist() == ["renamed", "scan1"]
     assert find_held_out(own, [made("far", seed=9)]).empty
+
+
+def test_all_scans_of_a_patient_known_by_one_image_are_seen():
+    known = [made("old_1", image="i")]
+    tested = [made("new_1", "p", image="i", seed=1), made("new_2", "p", seed=2), made("other", seed=3)]
+    found = find_seen("external", tested, known)
+    assert found[["cohort", "case", "evidence", "training_case"]].to_numpy().tolist() == [
+        ["external", "new_1", "exact image", "old_1"],
+        ["external", "new_2", "patient id", "old_1"],
+    ]
 
 
 def test_identities_survive_a_checkpoint(tmp_path):

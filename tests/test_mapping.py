@@ -126,7 +126,15 @@ def test_a_sheet_of_ones_own_joins_scans_by_its_patient_column(tmp_path, cohort)
     text = "Scan,Age,Patient ID\n17,51,p1\n18,18,p1\n19,17,p2\n20,60,n/a\n21,61,n/a\n"
     cases = cohort(["17", "18", "19", "20", "21"], mapping=write(tmp_path / "own.csv", text))
     assert [case.patient_id for case in cases] == ["17", "17", "19", "20", "21"]
-    assert all(case.aliases in ((), ("17",), ("18",)) for case in cases)
+    aliases = [[name for name in case.aliases if not name.startswith("patient ")] for case in cases]
+    assert aliases == [["18"], [], [], [], []]
+
+
+def test_a_patient_column_joins_scans_of_two_cohorts(tmp_path, cohort):
+    sheet = write(tmp_path / "own.csv", "scan,patient\nh19_1,P7\nh21_5,P7\nh21_6,P8\n")
+    (old,) = cohort(["h19_1"], "old", sheet)
+    new = cohort(["h21_5", "h21_6"], "new", sheet)
+    assert [bool(known_ids(old) & known_ids(case)) for case in new] == [True, False]
 
 
 def test_a_given_sheet_must_be_about_the_cases(tmp_path, cohort, input_error):
