@@ -30,7 +30,7 @@ CALIBRATION_COLUMNS = (
 )  # fmt: skip
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #20262d; max-width: 1120px;
+body { font: 15px/1.5 system-ui, sans-serif; color: #20262d; max-width: 1400px;
   margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
