@@ -584,7 +584,7 @@ def test_inputs_may_be_a_cohort_a_case_or_a_file(phantom_cohort):
 def test_without_input_the_held_out_test_cases_are_segmented(phantom_cohort, tmp_path, capsys):
     split = split_cases(find_cases(phantom_cohort), 0)
     write_json(tmp_path / "split.json", split)
-    checkpoint = {"config": {"data_dir": str(phantom_cohort)}}
+    checkpoint = {"config": {"data_dir": str(phantom_cohort), "modalities": ["flair"]}}
     model = dataclasses.replace(model_of(Pointwise(), 32), checkpoint=checkpoint)
     chosen = choose_inputs(InferenceConfig(), model, tmp_path / "best.pt")
     assert [case.case_id for case in chosen] == split["test"]

@@ -25,7 +25,8 @@ from cases_v2 import (
     save_labels,
     unwrap_int16,
 )
-from layouts_v2 import LAYOUTS, cases_of_files, describe_cases, find_cases
+from layouts_v2 import LAYOUTS, cases_of_files, describe_cases, find_cases, find_cases_of_run
+from utils_v2 import InputError
 from volumes_v2 import normalise_volume
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -482,3 +483,13 @@ def test_four_modalities_and_three_regions_from_training_to_masks(tmp_path, phan
     assert labels.shape == nib.load(case.mask[0]).shape
     assert set(np.unique(labels)) == {3}  # at threshold 0 all is ET, which 2023 calls 3
     assert LABEL_CONVENTIONS[case.convention]["ET"] == (3,)
+
+
+def test_a_runs_cases_are_found_as_the_run_found_them(tmp_path, write_nifti, write_slices):
+    write_slices(tmp_path / "c", "c", {1: np.zeros((4, 4, 3), np.uint8)}, {1: np.zeros((4, 4), np.uint8)})
+    write_nifti(tmp_path / "d" / "d_t1.nii", np.zeros((2, 2, 2), np.uint8))  # no FLAIR
+    settings = {"modalities": ["flair"], "slice_channel": 2, "skip_bad": True}
+    (case,) = find_cases_of_run(settings, tmp_path)
+    assert (case.case_id, case.slice_channel) == ("c", 2)
+    with pytest.raises(InputError, match="d has no flair"):
+        find_cases_of_run(settings | {"skip_bad": False}, tmp_path)
