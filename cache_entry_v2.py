@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cases_v2 import Case
-from utils_v2 import write_json
+from utils_v2 import bounding_box, write_json
 from volumes_v2 import slab_slices
 
 ARRAYS = ("volume.npy", "reference.npy")
@@ -113,13 +113,11 @@ def _slices(box: Box) -> tuple[slice, slice, slice]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def bounding_box(mask: np.ndarray) -> Box:
+def box_around(mask: np.ndarray) -> Box:
     """Return the smallest box around the True voxels of a mask (D, H, W); one voxel where there is none."""
-    edges = []
-    for axis in range(3):
-        hit = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != axis)))
-        edges.append((int(hit[0]), int(hit[-1]) + 1) if len(hit) else (0, 1))
-    return tuple(edges)
+    if not mask.any():
+        return ((0, 1), (0, 1), (0, 1))
+    return tuple((edge.start, edge.stop) for edge in bounding_box(mask))
 
 
 def crop_volume(volume: np.ndarray) -> tuple[np.ndarray, Box, tuple[float, ...]]:
@@ -128,7 +126,7 @@ def crop_volume(volume: np.ndarray) -> tuple[np.ndarray, Box, tuple[float, ...]]
     Outside the box every modality has its background, the value of its first voxel, to the bit.
     """
     bits = volume.view(np.uint16)  # tells -0.0 from 0.0
-    box = bounding_box((bits != bits[:, :1, :1, :1]).any(0))
+    box = box_around((bits != bits[:, :1, :1, :1]).any(0))
     return volume[(slice(None), *_slices(box))], box, tuple(volume[:, 0, 0, 0].tolist())
 
 
@@ -165,7 +163,7 @@ def write_entry(
     """
     cropped, box, background = crop_volume(volume)
     flags = pack_regions(reference)
-    reference_box = bounding_box(flags > 0)
+    reference_box = box_around(flags > 0)
     facts = {**facts, "shape": volume.shape[1:], "box": box, "reference_box": reference_box}
     temporary = folder.parent / owned_name()
     temporary.mkdir(parents=True)

@@ -179,10 +179,11 @@ def evaluate_cohort(
     bins = {mode: np.zeros((len(model.regions), len(CALIBRATION_EDGES) - 1, 3)) for mode in MODES}
     for case in tqdm(cases, desc=f"auditing {cohort}", unit="case", leave=False):
         started = time.perf_counter()
-        views = predict_views(model, case.volume, case.brain_voxels, tuple(VIEWS), batch_size)
+        volume = case.volume
+        views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size)
         seconds = time.perf_counter() - started
-        reference = np.asarray(case.reference)
-        brain = brain_mask(np.asarray(case.volume[0], np.float32)) if cohort == "validation" else None
+        reference = case.reference
+        brain = brain_mask(volume[0].astype(np.float32)) if cohort == "validation" else None
         for mode, probabilities in (("plain", views[0]), ("tta", views.mean(0))):
             for index in range(len(model.regions)):
                 counts[mode][index] += overlap_at_thresholds(
@@ -287,14 +288,14 @@ def draw_plots(
         panels = []
         for rank, case_id in rank_cases(rows, model.regions[0], cohort).items():
             case = by_id[case_id]
-            probabilities = predict_volume(model, case.volume, case.brain_voxels, batch_size=batch_size)
+            volume, reference = case.volume, case.reference[0]
+            probabilities = predict_volume(model, volume, case.brain_voxels, batch_size=batch_size)
             prediction = masks_by_mode(model, "tta", probabilities, case.spacing_mm)["tta"][0]
-            reference = np.asarray(case.reference[0])
             dice = dice_from_counts(*count_overlap(reference, prediction))
             panels.append(
                 (
                     f"{rank}: {case_id}, Dice {dice:.3f}",
-                    case.volume[0],
+                    volume[0],
                     reference,
                     prediction,
                     case.spacing_mm,

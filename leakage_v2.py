@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cases_v2 import Case, load_case
-from utils_v2 import InputError, write_json
+from utils_v2 import InputError, bounding_box, write_json
 
 GRID = 24  # cells of a thumbnail along each axis
 HIGH_PASS_CELLS = 2.0  # SD of what is taken out: the shape all heads share
@@ -135,7 +135,7 @@ def hash_mask(labels: np.ndarray | None) -> str:
     if labels is None or np.count_nonzero(labels) < MASK_VOXELS:
         return ""
     mask = labels > 0
-    inside = mask[ndimage.find_objects(mask.astype(np.uint8))[0]]
+    inside = mask[bounding_box(mask)]
     return hashlib.sha256(str(inside.shape).encode() + np.packbits(inside).tobytes()).hexdigest()
 
 
@@ -346,12 +346,11 @@ def find_seen(cohort: str, tested: Sequence[Identity], known: Sequence[Identity]
     A patient one of whose scans is known by its content alone is known with all scans.
     """
     found = find_leakage(cohort, tested, known)
-    training_case = dict(zip(found["case"], found["training_case"], strict=True))
-    direct = [one for one in tested if one.case_id in training_case]
-    siblings = find_siblings([one for one in tested if one.case_id not in training_case], direct)
+    siblings = find_siblings(found, tested)
     if siblings.empty:
         return found
-    siblings = siblings.assign(cohort=cohort, training_case=siblings["training_case"].map(training_case))
+    training_case = dict(zip(found["case"], found["training_case"], strict=True))
+    siblings["training_case"] = siblings["training_case"].map(training_case)
     return pd.concat([found, siblings], ignore_index=True)
 
 
@@ -375,17 +374,24 @@ def find_held_out(own: Sequence[Identity], held: Sequence[Identity]) -> pd.DataF
     All cases of such a patient are in it, those by evidence "patient id" that only share the patient.
     """
     found = find_leakage("held out", own, held)
-    by_case = {one.case_id: one for one in own}
-    direct = [by_case[case_id] for case_id in found["case"]]
-    others = [one for one in own if one.case_id not in set(found["case"])]
-    siblings = find_siblings(others, direct)
+    siblings = find_siblings(found, own)
     table = pd.concat([found, siblings], ignore_index=True) if len(siblings) else found
     table = table.rename(columns={"training_case": "known_as"}).drop(columns="cohort")
-    table.insert(1, "patient", [by_case[case_id].patient_id for case_id in table["case"]])
+    patient_of = {one.case_id: one.patient_id for one in own}
+    table.insert(1, "patient", table["case"].map(patient_of))
     return table.sort_values("case", ignore_index=True)
 
 
-def find_siblings(others: Sequence[Identity], found: Sequence[Identity]) -> pd.DataFrame:
-    """Return the rows of `find_leakage` of the cases that share a patient or an alias with those found."""
-    ids = [replace(identity_of_ids(one.case_id, one.patient_id), aliases=one.aliases) for one in found]
-    return find_leakage("held out", others, ids)
+def find_siblings(found: pd.DataFrame, tested: Sequence[Identity]) -> pd.DataFrame:
+    """Return the rows of further tested cases that share a patient or an alias with one `find_leakage` found.
+
+    Their training_case is the tested case they share it with.
+    """
+    direct = set(found["case"])
+    ids = [
+        replace(identity_of_ids(one.case_id, one.patient_id), aliases=one.aliases)
+        for one in tested
+        if one.case_id in direct
+    ]
+    others = [one for one in tested if one.case_id not in direct]
+    return find_leakage(found["cohort"].iloc[0], others, ids) if ids else found.iloc[:0]

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 import cache_entry_v2
 import cache_v2
-from cache_entry_v2 import bounding_box, crop_volume, pack_regions, unpack_regions, write_entry
+from cache_entry_v2 import box_around, crop_volume, pack_regions, unpack_regions, write_entry
 from cache_v2 import PreparedCase, clear_cache, open_entry, prepare_case, prepare_cases
 from cases_v2 import Case, load_case, regions_from_labels
 from dataset_balance_v2 import BalanceConfig, main
@@ -131,9 +131,9 @@ def test_cropping_loses_nothing(tmp_path_factory, data, shape, background):
 
 def test_boxes_by_hand():
     mask = np.zeros((4, 5, 6), bool)
-    assert bounding_box(mask) == ((0, 1), (0, 1), (0, 1))
+    assert box_around(mask) == ((0, 1), (0, 1), (0, 1))
     mask[1, 2, 3] = mask[2, 2, 5] = True
-    assert bounding_box(mask) == ((1, 3), (2, 3), (3, 6))
+    assert box_around(mask) == ((1, 3), (2, 3), (3, 6))
     volume = np.full((2, 4, 5, 6), -1.5, np.float16)
     volume[1] = 0.25
     volume[0, 3, 1, 1] = 2
@@ -152,7 +152,7 @@ def test_packed_regions_come_back(reference):
 def test_an_entry_holds_the_box_alone(case, cache):
     prepared = prepare(case, cache)
     head = make_head() > 0
-    assert prepared.box == bounding_box(head)
+    assert prepared.box == box_around(head)
     bytes_in_box = np.prod([end - first for first, end in prepared.box]) * 2
     assert (prepared.folder / "volume.npy").stat().st_size == 128 + bytes_in_box
     assert (prepared.folder / "reference.npy").stat().st_size == 128 + 2 * 4 * 4
