@@ -25,6 +25,7 @@ from utils_v2 import (
     dice_from_counts,
     dice_score,
     hd95,
+    nearest_distances_mm,
     normalised_surface_dice,
     overlap_at_thresholds,
     precision,
@@ -344,6 +345,19 @@ def test_hd95_overlooks_less_than_5_percent_of_the_surface_and_sees_more() -> No
 
 
 @pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")
+@pytest.mark.parametrize(
+    "spacing_mm",
+    [(1, 1, 1), (3.3, 0.9, 0.9), (0.9, 3.3, 0.9), (0.9, 0.9, 3.3), (0.5, 0.9, 3.3)],  # one way to each plane
+)
+@pytest.mark.parametrize("apart", [0, 150])  # mingled, and 260 mm or more from each other
+def test_nearest_distances_are_those_of_all_pairs(spacing_mm: tuple[float, ...], apart: int) -> None:
+    rng = np.random.default_rng(0)
+    points, others = rng.integers(-4, 20, (60, 3)), rng.integers(3, 31, (45, 3)) + apart
+    offsets = (points[:, None] - others[None]) * np.asarray(spacing_mm)  # (60, 45, 3)
+    expected = np.sqrt((offsets**2).sum(2)).min(1)
+    np.testing.assert_allclose(nearest_distances_mm(points, others, spacing_mm), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("spacing_mm", [(1, 1, 1), (1, 1, 2), (0.7, 1.3, 2.1)])
 @pytest.mark.parametrize(
     "lesion", [[(0, 0, 0)], [(0, 0, 0), (0, 0, 1)], [(0, 0, 0), (0, 0, 1), (0, 1, 0)], [(0, 0, 0), (0, 1, 1)]]
