@@ -1,4 +1,4 @@
-"""From cases to balanced, augmented training slabs: split by patient, slice balance, augmentation, loaders.
+"""From cases to balanced training slabs: split by patient, slice balance, loaders.
 
 Run as a command it prints the slice balance of a data set before and after weighting and draws it, or checks
 every file of it, or removes the cache:
@@ -10,7 +10,6 @@ every file of it, or removes the cache:
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,18 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# albumentations asks a server for its newest version at import otherwise
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-import albumentations as A
 import cv2
 import numpy as np
 import pandas as pd
 import torch
-from albumentations.core.type_definitions import Targets
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from augmentation_v2 import build_augmentation
 from cache_v2 import CACHE_GB, PreparedCase, clear_cache, prepare_cases
 from cases_v2 import Case, with_reference
 from check_v2 import check_cohort, summarise_problems, write_problems
@@ -45,9 +40,6 @@ from volumes_v2 import (
 
 DEFAULT_DATA = Path("data/BraTS2021")
 DEMO_DATA = Path("data/phantom_internal")
-# Elastic deformation: displacement in pixels (SD), the distance over which it is smooth (SD of the blur), and
-# the distance of the points at which it is drawn.
-ELASTIC_SHIFT, ELASTIC_SMOOTH, ELASTIC_STEP = 0.42, 9.0, 4
 
 
 def choose_data_dir(data_dir: str | None) -> str:
@@ -187,126 +179,8 @@ def balance_slices(table: pd.DataFrame, tumour_share: float = 0.5, empty_share: 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Augmentation and loaders
+# Slabs and loaders
 # ------------------------------------------------------------------------------------------------------------
-
-
-class Warp(A.DualTransform):
-    """Affine and mild elastic deformation in one interpolation, the mask by nearest neighbour.
-
-    The affine part is drawn with probability `affine`, the elastic one with `elastic`. Beyond the edge both
-    repeat it. They are drawn as A.Affine and A.ElasticTransform (alpha 60, sigma 9 at 256 x 256) draw them,
-    but the displacement, smooth as it is, on a coarse grid.
-    """
-
-    _targets = (Targets.IMAGE, Targets.MASK)
-
-    def __init__(self, affine: float, elastic: float) -> None:
-        super().__init__(p=1.0)
-        self.affine = affine
-        self.elastic = elastic
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Return the source column and row of every pixel, (H, W) float32 each; None for no deformation."""
-        generator = self.random_generator
-        is_affine, is_elastic = generator.random(2) < (self.affine, self.elastic)
-        if not (is_affine or is_elastic):
-            return {"source": None}
-        height, width = params["shape"][:2]
-        x = np.arange(width, dtype=np.float32)[None]
-        y = np.arange(height, dtype=np.float32)[:, None]
-        if is_elastic:
-            dx, dy = draw_displacement(height, width, generator)
-            x, y = x + dx, y + dy
-        matrix = draw_affine(height, width, generator) if is_affine else np.eye(2, 3, dtype=np.float32)
-        (a, b, c), (d, e, f) = matrix.tolist()
-        columns, rows = x * a + (y * b + c), x * d + (y * e + f)
-        shape = (height, width)
-        return {
-            "source": tuple(np.ascontiguousarray(np.broadcast_to(map_, shape)) for map_ in (columns, rows))
-        }
-
-    def apply(self, img: np.ndarray, source: tuple[np.ndarray, np.ndarray] | None, **_: Any) -> np.ndarray:
-        """Return the image (H, W, C) float32 deformed, by linear interpolation."""
-        return img if source is None else warp_channels(img, source, cv2.INTER_LINEAR)
-
-    def apply_to_mask(
-        self, mask: np.ndarray, source: tuple[np.ndarray, np.ndarray] | None, **_: Any
-    ) -> np.ndarray:
-        """Return the mask (H, W, R) uint8 deformed, by nearest neighbour."""
-        return mask if source is None else warp_channels(mask, source, cv2.INTER_NEAREST)
-
-
-def draw_displacement(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
-    """Return a smooth random displacement in pixels, (2, height, width) float32: columns, then rows."""
-    coarse = (2, -(-height // ELASTIC_STEP), -(-width // ELASTIC_STEP))
-    noise = generator.standard_normal(coarse, dtype=np.float32)
-    sigma = ELASTIC_SMOOTH / ELASTIC_STEP
-    noise *= ELASTIC_SHIFT * 2 * np.sqrt(np.pi) * sigma  # by which blurring divides the SD of white noise
-    smooth = (cv2.GaussianBlur(part, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE) for part in noise)
-    return np.stack([cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) for part in smooth])
-
-
-def draw_affine(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
-    """Return the (2, 3) matrix from a pixel (column, row, 1) to its source, about the slice's centre.
-
-    Scale within 15 % and shear within 5 degrees for each axis, rotation within 20 degrees, shift within 6 %.
-    """
-    scale = np.diag(generator.uniform(0.85, 1.15, 2))
-    angle, *shears = np.deg2rad(generator.uniform((-20, -5, -5), (20, 5, 5)))
-    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    shear = np.array([[1, np.tan(shears[0])], [np.tan(shears[1]), 1]])
-    inverse = np.linalg.inv(shear @ rotation @ scale)
-    centre = np.array([width - 1, height - 1]) / 2
-    shift = generator.uniform(-0.06, 0.06, 2) * (width, height)
-    return np.column_stack([inverse, centre - inverse @ (centre + shift)]).astype(np.float32)
-
-
-def warp_channels(image: np.ndarray, source: tuple[np.ndarray, np.ndarray], interpolation: int) -> np.ndarray:
-    """Return (H, W, C) resampled at the source columns and rows, the edge repeated beyond it."""
-    parts = [  # OpenCV takes four channels at once
-        cv2.remap(image[..., first : first + 4], *source, interpolation, borderMode=cv2.BORDER_REPLICATE)
-        for first in range(0, image.shape[2], 4)
-    ]
-    return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
-
-
-class BrightnessContrast(A.ImageOnlyTransform):
-    """`A.RandomBrightnessContrast` for float32 in 0..1 in three passes over the pixels."""
-
-    def __init__(self, brightness: float, contrast: float, p: float) -> None:
-        super().__init__(p=p)
-        self.brightness = brightness
-        self.contrast = contrast
-
-    def get_params(self) -> dict[str, Any]:
-        """Return the factor and the offset of this draw."""
-        factor = 1 + self.random_generator.uniform(-self.contrast, self.contrast)
-        return {"factor": factor, "offset": self.random_generator.uniform(-self.brightness, self.brightness)}
-
-    def apply(self, img: np.ndarray, factor: float, offset: float, **_: Any) -> np.ndarray:
-        """Return the image times factor plus offset, clipped to 0..1."""
-        out = img * np.float32(factor)
-        out += np.float32(offset)
-        return np.clip(out, 0, 1, out=out)
-
-
-def build_augmentation() -> A.Compose:
-    """Return the training transforms, for float32 slabs (H, W, C*K) in 0..1 and uint8 masks (H, W, R).
-
-    All slices of a slab get the same geometry and the same contrast; only noise differs from slice to slice.
-    benchmarks/feeding.py times each.
-    """
-    return A.Compose(
-        [
-            A.HorizontalFlip(p=0.5),
-            A.VerticalFlip(p=0.5),
-            Warp(affine=0.6, elastic=0.15),
-            BrightnessContrast(brightness=0.08, contrast=0.2, p=0.4),
-            A.RandomGamma(gamma_limit=(75, 130), p=0.3),
-            A.GaussNoise(std_range=(0.005, 0.03), p=0.2),
-        ]
-    )
 
 
 class SlabDataset(Dataset):

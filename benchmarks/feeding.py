@@ -16,13 +16,12 @@ import albumentations as A
 import cv2
 import numpy as np
 
+from augmentation_v2 import BiasField, BrightnessContrast, Warp
 from benchmarks.common import print_table, time_pairs, write_result
 from cache_v2 import prepare_cases
 from dataset_balance_v2 import (
     BalancedSampler,
-    BrightnessContrast,
     SlabDataset,
-    Warp,
     balance_slices,
     make_train_loader,
     slice_table,
@@ -62,9 +61,11 @@ def transforms() -> dict[str, A.BasicTransform]:
         "elastic": Warp(0, 1),
         "(A.ElasticTransform)": A.ElasticTransform(alpha=60, sigma=9, **border, p=1),
         "affine and elastic": Warp(1, 1),
+        "bias field": BiasField(0.35, p=1),
         "brightness, contrast": BrightnessContrast(0.08, 0.2, p=1),
         "(A.RandomBrightnessContrast)": A.RandomBrightnessContrast(0.08, 0.2, p=1),
         "gamma": A.RandomGamma((75, 130), p=1),
+        "blur": A.GaussianBlur(blur_limit=0, sigma_limit=(0.4, 1.2), p=1),
         "noise": A.GaussNoise((0.005, 0.03), p=1),
     }
 

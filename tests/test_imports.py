@@ -28,6 +28,7 @@ ORDER = (
     "volumes_v2",
     "cache_entry_v2",
     "cache_v2",
+    "augmentation_v2",
     "dataset_balance_v2",
     "backends_v2",
     "inference_v2",
