@@ -3,9 +3,11 @@
     python -m benchmarks.train_step                              full widths
     python -m benchmarks.train_step --widths 4 8 16 --size 64    seconds, to see that it runs
 
-Slabs lie in memory already: this is the network's speed alone. Ratios are taken round by round.
+Slabs lie in memory already: this is the network's speed alone. Ratios are taken round by round. In inference
+our network is what inference_v2.py runs, batch norm folded; as trained it stands beside it.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from backends_v2 import prepare_network
 from benchmarks.common import print_table, time_pairs, write_result
 from model_drunet_v2 import WIDTHS, DRUNetV2
 from utils_v2 import (
@@ -26,6 +29,8 @@ from utils_v2 import (
     set_seed,
 )
 
+OURS, MONAI = "DRUNet V2", "MONAI AttentionUnet"
+
 
 @dataclass(frozen=True)
 class StepConfig:
@@ -37,7 +42,7 @@ class StepConfig:
     steps: int = option(2, "steps a timing")
     repeats: int = option(5, "rounds of timings")
     amp: bool = option(True, "mixed precision where the device has it")
-    compile: bool = option(False, "our network compiled as well, where that works; takes minutes")
+    compile: bool = option(False, "both networks compiled as well, where that works; takes minutes")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
     seed: int = option(0, "seed of weights and slabs")
 
@@ -48,9 +53,9 @@ def make_networks(widths: tuple[int, ...], device: torch.device) -> dict[str, nn
         from monai.networks.nets import AttentionUnet
     except ImportError as error:
         raise InputError("MONAI is needed to compare with: pip install -r requirements-dev.txt") from error
-    networks = {"DRUNet V2": DRUNetV2(widths=widths), "DRUNet V2, checkpointing": DRUNetV2(widths=widths)}
-    networks["DRUNet V2, checkpointing"].checkpointing = True
-    networks["MONAI AttentionUnet"] = AttentionUnet(2, 3, 1, widths, (2,) * (len(widths) - 1))
+    networks = {OURS: DRUNetV2(widths=widths), f"{OURS}, checkpointing": DRUNetV2(widths=widths)}
+    networks[f"{OURS}, checkpointing"].checkpointing = True
+    networks[MONAI] = AttentionUnet(2, 3, 1, widths, (2,) * (len(widths) - 1))
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in networks.items()}
 
 
@@ -105,7 +110,7 @@ def compare(
     seconds = {name: np.array(times) for name, times in time_pairs(functions, repeats).items()}
     rows = []
     for name, times in seconds.items():
-        ratios = seconds["MONAI AttentionUnet"] / times
+        ratios = seconds[MONAI] / times
         row = {"work": work, "network": name, "slabs/s": slabs / float(np.median(times))}
         row |= {"times MONAI": float(np.median(ratios))}
         rows.append(row | {"lowest": float(ratios.min()), "highest": float(ratios.max())})
@@ -122,15 +127,20 @@ def measure(config: StepConfig) -> dict[str, Any]:
     slab = slab.to(memory_format=torch.channels_last)
     target = (torch.rand(batch, 1, config.size, config.size, device=device) > 0.95).float()
     networks = make_networks(config.widths, device)
-    if config.compile:
-        networks["DRUNet V2, compiled"] = torch.compile(DRUNetV2(widths=config.widths).to(device))
     trainers = {name: make_trainer(net, slab, target, dtype, config.steps) for name, net in networks.items()}
+    if config.compile:
+        for name in (OURS, MONAI):
+            forward = torch.compile(copy.deepcopy(networks[name]))
+            trainers[f"{name}, compiled"] = make_trainer(forward, slab, target, dtype, config.steps)
     rows = compare(trainers, "training", batch * config.steps, config.repeats)
-    predictors = {
-        name: make_predictor(net, slab, dtype, config.steps)
-        for name, net in networks.items()
-        if "checkpointing" not in name
+    ready = {
+        OURS: prepare_network(networks[OURS], device, dtype),
+        f"{OURS}, not folded": networks[OURS],
+        MONAI: networks[MONAI],
     }
+    if config.compile:
+        ready |= {f"{name}, compiled": torch.compile(copy.deepcopy(ready[name])) for name in (OURS, MONAI)}
+    predictors = {name: make_predictor(net, slab, dtype, config.steps) for name, net in ready.items()}
     rows += compare(predictors, "inference", batch * config.steps, config.repeats)
     precision = str(dtype or torch.float32).removeprefix("torch.")
     return {"widths": list(config.widths), "size": config.size, "batch": batch, "type": precision} | {
