@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import final_evaluation_v2
 from dataset_balance_v2 import BalancedSampler, split_cases
 from layouts_v2 import find_cases
 from run_v2 import TrainConfig, share_batch
@@ -246,7 +247,6 @@ def test_two_ranks_at_batch_8_train_as_one_at_batch_16_and_resume_alone(tmp_path
 def trained(tmp_path_factory, phantom_cohort):
     """Folder with a run trained for an epoch, of 2 training, 3 validation and 3 test cases."""
     folder = tmp_path_factory.mktemp("shared")
-    # of two validation cases the floats that are pooled would have one order alone
     split = split_cases(find_cases(phantom_cohort, ("flair",)), fractions=(0.25, 0.375, 0.375))
     write_json(folder / "split.json", split)
     settings = ("--data-dir", phantom_cohort, *TINY, "--epochs", 1, "--batch-size", 16, "--no-probe")
@@ -293,6 +293,23 @@ def test_two_ranks_audit_exactly_as_one_process(trained, external_cohort):
     stdout, _, stderr = said(process, "final_evaluation_v2.py")
     assert process.returncode == 0, stderr
     assert stdout.count("comparison.json and comparison.png are in") == 1
+
+
+def test_bins_are_pooled_in_the_order_of_the_cases_however_they_were_shared(monkeypatch):
+    # at 1e16 a float holds no 1: pooled rank by rank, 1e16 - 1e16 first, the sum would be 1
+    values = {"a": 1e16, "b": 1.0, "c": -1e16}
+
+    def evaluate(_model, _cohort, case, _batch_size):
+        counts = {mode: np.ones((1, 2, 3), np.int64) for mode in final_evaluation_v2.MODES}
+        bins = {mode: np.full((1, 2, 3), values[case]) for mode in final_evaluation_v2.MODES}
+        return final_evaluation_v2.CaseAudit([{"case": case, "mode": "plain", "dice": 1.0}], counts, bins)
+
+    monkeypatch.setattr(final_evaluation_v2, "evaluate_case", evaluate)
+    table, counts, bins = final_evaluation_v2.evaluate_cohort(None, "validation", list(values), {"b"}, 16)
+    assert table["case"].tolist() == list(values)
+    assert table["seen_in_training"].tolist() == [False, True, False]
+    assert (counts["tta"] == 3).all()
+    assert (bins["tta"] == 0).all()
 
 
 def test_a_broken_case_of_one_rank_ends_the_audit_with_one_sentence(trained, external_cohort, tmp_path):
