@@ -5,7 +5,6 @@ Both take slabs (N, C*K, H, W) float32 and give logits (N, R, H, W), as the netw
 
 import copy
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +116,9 @@ def load_onnx(path: str | Path, device: torch.device) -> tuple[OnnxNetwork, dict
     }
 
 
-def _choose_providers(onnxruntime: Any, device: torch.device) -> Sequence[str]:
-    wanted = (["CUDAExecutionProvider"] if device.type == "cuda" else []) + ["CPUExecutionProvider"]
-    return [provider for provider in wanted if provider in onnxruntime.get_available_providers()]
+def _choose_providers(onnxruntime: Any, device: torch.device) -> list[str | tuple[str, dict[str, int]]]:
+    providers = onnxruntime.get_available_providers()
+    if device.type == "cuda" and "CUDAExecutionProvider" in providers:
+        card = {"device_id": device.index or 0}  # else all ranks would take the first
+        return [("CUDAExecutionProvider", card), "CPUExecutionProvider"]
+    return ["CPUExecutionProvider"]

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from cache_entry_v2 import PreparedCase, open_entry, owned_name, read_facts, remove_entry, write_entry
 from cases_v2 import Case, load_case, regions_from_labels
+from distributed_v2 import share_of, wait_for_all, world_size
 from leakage_v2 import FINGERPRINT_VERSION, fingerprint, fingerprint_modality
 from utils_v2 import InputError, file_sha256, write_atomically
 from volumes_v2 import normalise_volume
@@ -285,6 +286,21 @@ def prepare_cases(
         open_entry(case, cache_dir / "entries" / key, facts[key])
         for key, case in zip(keys, cases, strict=True)
     ]
+
+
+def prepare_by_shares(
+    cases: Sequence[Case],
+    modalities: Sequence[str],
+    regions: Sequence[str],
+    cache_dir: str | Path,
+    cache_gb: float = CACHE_GB,
+) -> list[PreparedCase]:
+    """Return every case prepared, on every rank; each rank decodes its share, then all read the cache."""
+    settings = (modalities, regions, cache_dir)
+    if world_size() > 1:
+        prepare_cases(share_of(cases), *settings, cache_gb=cache_gb)
+        wait_for_all()
+    return prepare_cases(cases, *settings, cache_gb=cache_gb)
 
 
 def room_of_others(cache_dir: Path, keys: Iterable[str]) -> tuple[int, int]:

@@ -1,10 +1,11 @@
 """Several processes, one run: what a script needs to say when torchrun started it, and nothing without it.
 
     torchrun --nproc-per-node 2 -- train_drunet_v2.py --data-dir data/BraTS2021 --batch-size 8
+    torchrun --nproc-per-node 2 -- final_evaluation_v2.py --run results/RUN
 
 Every function works in a lone process too, where it does nothing or gives its argument back. Rank 0 is the
-main rank: it alone writes and prints. Small facts (settings, clock, scores) travel between processors by
-gloo, gradients between graphics cards by nccl, so no fact makes a card wait.
+main rank: it alone prints, and writes what is not of one case. Small facts (settings, clock, scores) travel
+between processors by gloo, gradients between graphics cards by nccl, so no fact makes a card wait.
 """
 
 import atexit
@@ -50,12 +51,6 @@ def join_ranks() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if not is_main():
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-
-
-def refuse_ranks() -> None:
-    """Raise InputError where torchrun started a command that runs as one process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("torchrun: this command runs as one process; start it with python.")
 
 
 def rank() -> int:
@@ -277,11 +272,14 @@ def end_rank(error: BaseException) -> NoReturn:
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     if not _is_first_to_end():
         sys.exit(1)
+    if not is_main():
+        print(file=sys.stderr)  # the main rank's progress bar may stand on the line
     if not _is_lost_peer(error):
         raise error
     name = Path(sys.argv[0]).name
     print(
-        f"{name}: error: another rank ended without a word, or torchrun was stopped; go on with --resume.",
+        f"{name}: error: another rank ended without a word, or torchrun was stopped; start it again "
+        "(training: with --resume).",
         file=sys.stderr,
     )
     sys.exit(1)

@@ -3,9 +3,11 @@
     python final_evaluation_v2.py                                       the newest run in results/
     python final_evaluation_v2.py --run results/RUN --external-dir data/BraTS2019
     python final_evaluation_v2.py --compare results/RUN_A results/RUN_B
+    torchrun --nproc-per-node 2 -- final_evaluation_v2.py --run results/RUN    the same, cases shared by ranks
 
 The headline is Dice per case on the native grid, then the mean over cases, with a bootstrap 95 % interval
-over patients. Whatever else is called Dice stands beside it under its own name.
+over patients. Whatever else is called Dice stands beside it under its own name. Of several ranks each decodes
+and predicts its share of the cases; the main one searches for leakage, sums up, draws and writes.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,11 +30,20 @@ from audit_plots_v2 import (
     plot_reliability,
     plot_tta_gain,
 )
-from cache_v2 import CACHE_GB, PreparedCase, prepare_cases
+from cache_v2 import CACHE_GB, PreparedCase, prepare_by_shares
 from cases_v2 import Case, with_reference
 from compare_v2 import compare_runs
 from dataset_balance_v2 import cases_of_split, read_split
-from distributed_v2 import refuse_ranks
+from distributed_v2 import (
+    from_main,
+    gather_shares,
+    is_main,
+    join_ranks,
+    local_device,
+    share_of,
+    with_one_voice,
+    world_size,
+)
 from inference_v2 import VIEWS, TrainedModel, load_model, predict_views, predict_volume, threshold_regions
 from layouts_v2 import LayoutName, describe_cases, find_cases, find_cases_of_run
 from leakage_v2 import find_seen, identify_cases, identity_of_ids, unpack_identities
@@ -160,46 +171,83 @@ def refuse_seen(seen: dict[str, dict[str, int]], leakage: pd.DataFrame, allow_se
         )
 
 
+def search_leakage(
+    config: EvaluationConfig,
+    folder: Path,
+    model: TrainedModel,
+    chosen: dict[str, list[Case]],
+    cohorts: dict[str, list[PreparedCase]],
+) -> tuple[pd.DataFrame, dict[str, dict[str, int]]]:
+    """Return the rows of leakage.csv and the counts of `count_seen`; write and print them, then refuse."""
+    leakage = list_leakage(config, model, chosen, cohorts)
+    write_atomically(folder / "leakage.csv", lambda target: leakage.to_csv(target, index=False))
+    seen = count_seen(cohorts, leakage)
+    for cohort, count in seen.items():
+        print(
+            f"{cohort}: {count['cases']} cases, {count['seen']} of them seen in training or validation, "
+            f"{count['unseen']} unseen"
+        )
+    refuse_seen(seen, leakage, config.allow_seen)
+    return leakage, seen
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
 # ------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_cohort(
-    model: TrainedModel, cohort: str, cases: Sequence[PreparedCase], seen: set[str], batch_size: int
-) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return one row per case, region and mode, the counts over thresholds, and those over probability bins.
+class CaseAudit(NamedTuple):
+    """What is measured of one case."""
 
-    Per mode, pooled over the cohort: TP, FP and FN at each of THRESHOLDS (R, T, 3), and `reliability_counts`
-    of the brain's voxels (R, B, 3), the latter on validation alone. Plain is the identity view, TTA the mean
-    of all three; where the checkpoint has post-processing, plain_raw and tta_raw are the masks before it.
+    rows: list[dict[str, Any]]  # one per mode and region
+    counts: dict[str, np.ndarray]  # per mode TP, FP and FN at each of THRESHOLDS (R, T, 3)
+    bins: dict[str, np.ndarray]  # per mode `reliability_counts` of the brain's voxels (R, B, 3)
+
+
+def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_size: int) -> CaseAudit:
+    """Predict and measure a case; its bins are counted in validation and 0 elsewhere.
+
+    Plain is the identity view, TTA the mean of all three; where the checkpoint has post-processing, plain_raw
+    and tta_raw are the masks before it.
     """
     rows = []
     counts = {mode: np.zeros((len(model.regions), len(THRESHOLDS), 3), np.int64) for mode in MODES}
     bins = {mode: np.zeros((len(model.regions), len(CALIBRATION_EDGES) - 1, 3)) for mode in MODES}
-    for case in tqdm(cases, desc=f"auditing {cohort}", unit="case", leave=False):
-        started = time.perf_counter()
-        volume = case.volume
-        views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size)
-        seconds = time.perf_counter() - started
-        reference = case.reference
-        brain = brain_mask(volume[0].astype(np.float32)) if cohort == "validation" else None
-        for mode, probabilities in (("plain", views[0]), ("tta", views.mean(0))):
-            for index in range(len(model.regions)):
-                counts[mode][index] += overlap_at_thresholds(
-                    probabilities[index], reference[index], THRESHOLDS
-                )
-                if brain is not None:
-                    bins[mode][index] += reliability_counts(
-                        probabilities[index][brain], reference[index][brain]
-                    )
-            for name, masks in masks_by_mode(model, mode, probabilities, case.spacing_mm).items():
-                for index, region in enumerate(model.regions):
-                    row = {"cohort": cohort, "case": case.case_id, "patient": case.patient_id}
-                    row |= {"region": region, "mode": name, "seen_in_training": case.case_id in seen}
-                    row |= measure_case(reference[index], masks[index], case.spacing_mm)
-                    rows.append(row | {"seconds_three_views": round(seconds, 3)})
-    return pd.DataFrame(rows), counts, bins
+    started = time.perf_counter()
+    volume = case.volume
+    views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size)
+    seconds = time.perf_counter() - started
+    reference = case.reference
+    brain = brain_mask(volume[0].astype(np.float32)) if cohort == "validation" else None
+    for mode, probabilities in (("plain", views[0]), ("tta", views.mean(0))):
+        for index in range(len(model.regions)):
+            counts[mode][index] = overlap_at_thresholds(probabilities[index], reference[index], THRESHOLDS)
+            if brain is not None:
+                bins[mode][index] = reliability_counts(probabilities[index][brain], reference[index][brain])
+        for name, masks in masks_by_mode(model, mode, probabilities, case.spacing_mm).items():
+            for index, region in enumerate(model.regions):
+                row = {"cohort": cohort, "case": case.case_id, "patient": case.patient_id}
+                row |= {"region": region, "mode": name}
+                row |= measure_case(reference[index], masks[index], case.spacing_mm)
+                rows.append(row | {"seconds_three_views": round(seconds, 3)})
+    return CaseAudit(rows, counts, bins)
+
+
+def evaluate_cohort(
+    model: TrainedModel, cohort: str, cases: Sequence[PreparedCase], seen: set[str], batch_size: int
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the rows of all cases, and per mode their counts and bins pooled over the cohort.
+
+    Ranks share the cases; each gets what was measured of all.
+    """
+    progress = tqdm(share_of(cases), desc=f"auditing {cohort}", unit="case", leave=False)
+    audits = gather_shares([evaluate_case(model, cohort, case, batch_size) for case in progress])
+    # pooled in the order of the cases, not rank by rank: bins hold sums of floats, which depend on the order
+    counts = {mode: sum(audit.counts[mode] for audit in audits) for mode in MODES}
+    bins = {mode: sum(audit.bins[mode] for audit in audits) for mode in MODES}
+    table = pd.DataFrame([row for audit in audits for row in audit.rows])
+    table.insert(table.columns.get_loc("mode") + 1, "seen_in_training", table["case"].isin(seen))
+    return table, counts, bins
 
 
 def masks_by_mode(
@@ -292,15 +340,8 @@ def draw_plots(
             probabilities = predict_volume(model, volume, case.brain_voxels, batch_size=batch_size)
             prediction = masks_by_mode(model, "tta", probabilities, case.spacing_mm)["tta"][0]
             dice = dice_from_counts(*count_overlap(reference, prediction))
-            panels.append(
-                (
-                    f"{rank}: {case_id}, Dice {dice:.3f}",
-                    volume[0],
-                    reference,
-                    prediction,
-                    case.spacing_mm,
-                )
-            )
+            title = f"{rank}: {case_id}, Dice {dice:.3f}"
+            panels.append((title, volume[0], reference, prediction, case.spacing_mm))
         caption = f"Best, median and worst {cohort} case by {model.regions[0]} Dice with TTA."
         plot_ranked_cases(path(f"cases_{cohort}.png", caption), panels, f"{cohort}, {model.regions[0]}{note}")
     return plots
@@ -311,13 +352,10 @@ def draw_plots(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def gather_cohorts(
+def choose_cohorts(
     config: EvaluationConfig, run: Path, model: TrainedModel, split: dict[str, Any]
-) -> tuple[dict[str, list[Case]], dict[str, list[PreparedCase]]]:
-    """Return the cases of each cohort, and prepared: validation, internal, external where there is one.
-
-    The training cases that are still there are among the first and not among the second.
-    """
+) -> dict[str, list[Case]]:
+    """Return the cases of validation, internal, external where there is one, and train, if still there."""
     settings = model.checkpoint["config"]
     data_dir = config.data_dir or settings["data_dir"]
     found = with_reference(find_cases_of_run(settings, data_dir), data_dir)
@@ -338,39 +376,31 @@ def gather_cohorts(
     train_ids = set(split["train"])
     train = {"train": [case for case in found if case.case_id in train_ids]}
     print(f"auditing {run}: " + ", ".join(f"{len(cases)} {cohort} cases" for cohort, cases in chosen.items()))
-    return chosen | train, {
-        cohort: prepare_cases(
-            cases, model.modalities, model.regions, config.cache_dir, cache_gb=config.cache_gb
-        )
-        for cohort, cases in chosen.items()
-    }
+    return chosen | train
 
 
 def main(config: EvaluationConfig) -> None:
     """Audit a run and write its numbers, plots and report; or compare two that were audited."""
+    join_ranks()
     if config.compare:
-        compare_runs(config.compare, config.output, config.seed)
+        if is_main():
+            compare_runs(config.compare, config.output, config.seed)
         return
-    refuse_ranks()
     set_seed(config.seed)
-    run = Path(config.run) if config.run else newest_run(Path("results"))
-    model = load_model(run / "best.pt", choose_device(config.device), config.amp)
+    run = from_main(Path(config.run) if config.run else newest_run(Path("results")))
+    model = load_model(run / "best.pt", local_device(choose_device(config.device)), config.amp)
     split = read_split(run / "split.json")
     if split["sha256"] != model.checkpoint["split_sha256"]:
         raise InputError(
             f"{run / 'split.json'}: not the split the checkpoint was trained with; restore the run's own."
         )
-    chosen, cohorts = gather_cohorts(config, run, model, split)
-    leakage = list_leakage(config, model, chosen, cohorts)
+    chosen = from_main(choose_cohorts(config, run, model, split) if is_main() else None)
+    settings = (model.modalities, model.regions, config.cache_dir, config.cache_gb)
+    cohorts = {
+        cohort: prepare_by_shares(cases, *settings) for cohort, cases in chosen.items() if cohort != "train"
+    }
     folder = Path(config.output) if config.output else run / "evaluation"
-    write_atomically(folder / "leakage.csv", lambda target: leakage.to_csv(target, index=False))
-    seen = count_seen(cohorts, leakage)
-    for cohort, count in seen.items():
-        print(
-            f"{cohort}: {count['cases']} cases, {count['seen']} of them seen in training or validation, "
-            f"{count['unseen']} unseen"
-        )
-    refuse_seen(seen, leakage, config.allow_seen)
+    leakage, seen = from_main(search_leakage(config, folder, model, chosen, cohorts) if is_main() else None)
 
     tables, counts, bins = [], {}, {}
     for cohort, cases in cohorts.items():
@@ -382,6 +412,8 @@ def main(config: EvaluationConfig) -> None:
         unseen = table[~table["seen_in_training"]]
         if cohort == "external" and 0 < len(unseen) < len(table):
             tables.append(unseen.assign(cohort="external_unseen"))
+    if not is_main():
+        return
     rows = pd.concat(tables, ignore_index=True)
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
     summary = {
@@ -398,6 +430,7 @@ def main(config: EvaluationConfig) -> None:
         "versions": describe_versions(),
         "hardware": describe_machine(model.device),
         "command": command_line(),
+        "ranks": world_size(),
         "settings": dataclasses.asdict(config),
     }
     write_json(folder / "summary.json", summary)
@@ -409,5 +442,8 @@ def main(config: EvaluationConfig) -> None:
 
 if __name__ == "__main__":
     run_command(
-        main, EvaluationConfig, "Audit a trained run on its held-out test cases and on an external cohort."
+        with_one_voice(main),
+        EvaluationConfig,
+        "Audit a trained run on its held-out test cases and on an external cohort. Under torchrun the ranks "
+        "share the cases.",
     )

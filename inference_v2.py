@@ -1,6 +1,7 @@
 """From a trained network and a volume to probabilities and masks; as a command, segment new cases.
 
     python inference_v2.py --checkpoint results/RUN/best.pt --input CASE_FOLDER [MORE ...]
+    torchrun --nproc-per-node 2 -- inference_v2.py --input COHORT_FOLDER    the same, cases shared by ranks
 
 Writes one NIfTI mask a case (labels as in the case's layout, its affine and header; PNG masks for PNG cases),
 an overlay picture a case, and `volumes.csv`. While one case is computed, a thread reads the next and another
@@ -25,7 +26,15 @@ from tqdm import tqdm
 from backends_v2 import load_onnx, prepare_network
 from cases_v2 import Case, labels_from_regions, load_case, save_labels
 from dataset_balance_v2 import cases_of_split, read_split
-from distributed_v2 import refuse_ranks
+from distributed_v2 import (
+    from_main,
+    gather_shares,
+    is_main,
+    join_ranks,
+    local_device,
+    share_of,
+    with_one_voice,
+)
 from layouts_v2 import LayoutName, cases_of_files, describe_cases, find_cases, find_cases_of_run
 from model_drunet_v2 import DRUNetV2
 from plots_v2 import plot_overlay
@@ -373,18 +382,26 @@ def segment_cases(
 
 
 def main(config: InferenceConfig) -> None:
-    """Segment cases and write masks, overlays and the volume table."""
-    refuse_ranks()
+    """Segment cases and write masks, overlays and the volume table.
+
+    Ranks share the cases; each writes the masks and overlays of its own, the main one the table of all.
+    """
+    join_ranks()
     set_seed(config.seed)
     if config.batch_size < 1:
         raise InputError(f"--batch-size {config.batch_size} must be at least 1.")
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_run(Path("results")) / "best.pt"
-    model = load_model(checkpoint, choose_device(config.device), config.amp, config.backend)
-    cases = choose_inputs(config, model, checkpoint)
+    checkpoint = from_main(checkpoint)
+    model = load_model(checkpoint, local_device(choose_device(config.device)), config.amp, config.backend)
+    cases = from_main(choose_inputs(config, model, checkpoint) if is_main() else None)
+    mine = share_of(cases)
     output = Path(config.output)
     print("\n".join(describe_cases(cases)))
-    progress = tqdm(segment_cases(config, model, cases), desc="segmenting", unit="case", total=len(cases))
-    table = pd.DataFrame([row for rows in progress for row in rows])
+    progress = tqdm(segment_cases(config, model, mine), desc="segmenting", unit="case", total=len(mine))
+    rows_by_case = gather_shares(list(progress))
+    if not is_main():
+        return
+    table = pd.DataFrame([row for rows in rows_by_case for row in rows])
     write_atomically(output / "volumes.csv", lambda target: table.to_csv(target, index=False))
     print(table.drop(columns="mask").to_string(index=False))
     if model.checkpoint["data_kind"] == "phantom":
@@ -394,5 +411,8 @@ def main(config: InferenceConfig) -> None:
 
 if __name__ == "__main__":
     run_command(
-        main, InferenceConfig, "Segment brain tumours in new cases and write masks, overlays and volumes."
+        with_one_voice(main),
+        InferenceConfig,
+        "Segment brain tumours in new cases and write masks, overlays and volumes. Under torchrun the ranks "
+        "share the cases.",
     )

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backends_v2 import prepare_network
-from cache_v2 import PreparedCase, prepare_cases
+from cache_v2 import PreparedCase, prepare_by_shares
 from cases_v2 import Case
 from dataset_balance_v2 import (
     BalancedSampler,
@@ -46,7 +46,6 @@ from distributed_v2 import (
     share_of,
     sum_counts,
     sum_over_ranks,
-    wait_for_all,
     with_one_voice,
     world_size,
     wrap_network,
@@ -441,11 +440,7 @@ def prepare_training(run: Run, cases: Sequence[Case]) -> tuple[DataLoader, list[
         part: cases_of_split(cases, run.split, part, config.data_dir) for part in ("train", "validation")
     }
     both = [*chosen["train"], *chosen["validation"]]
-    settings = (config.modalities, config.regions, config.cache_dir)
-    if world_size() > 1:  # each rank decodes its share; below, all find everything in the cache
-        prepare_cases(share_of(both), *settings, cache_gb=config.cache_gb)
-        wait_for_all()
-    prepared = prepare_cases(both, *settings, cache_gb=config.cache_gb)
+    prepared = prepare_by_shares(both, config.modalities, config.regions, config.cache_dir, config.cache_gb)
     train_cases, validation_cases = prepared[: len(chosen["train"])], prepared[len(chosen["train"]) :]
     note_seen(run, cases, chosen, prepared)
     table = slice_table(train_cases, config.regions)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import export_v2
+from backends_v2 import _choose_providers
 from export_v2 import ExportConfig, describe_checkpoint
 from inference_v2 import InferenceConfig, TrainedModel, build_network, load_model, predict_volume
 from inference_v2 import main as segment
@@ -152,6 +153,21 @@ def test_a_missing_package_is_named_with_the_remedy(package, monkeypatch, tmp_pa
     without(monkeypatch, package)
     with input_error(package, "pip install"):
         export_v2.write_onnx(None, {}, tmp_path / "model.onnx")
+
+
+def test_onnxruntime_computes_on_the_card_of_the_rank():
+    class WithCuda:
+        def get_available_providers():
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    for device, card in (("cuda:1", 1), ("cuda", 0)):
+        (name, settings), last = _choose_providers(WithCuda, torch.device(device))
+        assert (name, settings, last) == (
+            "CUDAExecutionProvider",
+            {"device_id": card},
+            "CPUExecutionProvider",
+        )
+    assert _choose_providers(WithCuda, CPU) == ["CPUExecutionProvider"]
 
 
 def test_onnxruntime_missing_is_named_with_the_remedy(monkeypatch, tmp_path, input_error):
