@@ -3,22 +3,32 @@
     python -m benchmarks.inference
 
 One synthetic case of 240 x 240 x 155, the same weights, the same number format and the same three views for
-all. MONAI and nnU-Net get their input ready made, padded and with the neighbouring slices as channels; ours
-makes it within its time. nnU-Net's own four mirrored views are brought to our three; it averages logits,
-ours and MONAI's probabilities. Then each change that made ours faster, before and after, and the command on
-several files. The weights are random: time does not depend on them, agreement is checked on them.
+all, each method's views averaged as probabilities. MONAI and nnU-Net get their input ready made, padded and
+with the neighbouring slices as channels; ours makes it within its time. Then each change that made ours
+faster, before and after, and the command on several files. The weights are random: time does not depend on
+them, agreement is checked on them.
+
+nnU-Net's mirroring has no set of just our three views (two axes make four), so its sliding window runs once a
+view, unmirrored, on the flipped case: as many forward passes as ours. What a sliding window costs beside the
+passes is then paid three times; `--no-tta` compares one view, where it is not. `ms_a_pass` is the time per
+slice and view. Entered at `predict_sliding_window_return_logits`, after preprocessing and before export, with
+its default step and Gaussian: one tile a slice, one slice a pass, logits added up in float16. It gets the
+slices with brain alone, as its preprocessing cuts the others off, and our number format, although on a CPU it
+would take float32.
 """
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -43,15 +53,22 @@ from layouts_v2 import find_cases
 from make_phantom_v2 import make_phantom, write_cohort
 from model_drunet_v2 import WIDTHS
 from utils_v2 import InputError, amp_dtype, choose_device, option, run_command
-from volumes_v2 import BRAIN_SLICE_VOXELS, fit_slices, gather_slab, normalise_volume, place_slices
+from volumes_v2 import (
+    BRAIN_SLICE_VOXELS,
+    Placement,
+    fit_slices,
+    gather_slab,
+    normalise_volume,
+    place_slices,
+    unfit_slices,
+)
 
 FULL_SHAPE = (155, 240, 240)
-METHODS = (
-    "ours",
-    "MONAI SliceInferer",
-    "MONAI SliceInferer, brain slices",
-    "nnU-Net 2D predictor, brain slices",
-)
+OURS = "ours"
+MONAI = "MONAI SliceInferer"
+MONAI_BRAIN = "MONAI SliceInferer, brain slices"
+NNUNET_BRAIN = "nnU-Net 2D predictor, brain slices"
+METHODS = (OURS, MONAI, MONAI_BRAIN, NNUNET_BRAIN)
 NARROW_WIDTHS = (16, 32, 64, 128, 256)
 
 
@@ -65,6 +82,7 @@ class BenchmarkConfig:
     shape: tuple[int, ...] = option(FULL_SHAPE, "voxels of the case along D H W")
     size: int = option(256, "height and width of the network's input")
     repeats: int = option(5, "rounds after the warm-up, all methods in each")
+    tta: bool = option(True, "three views in the comparison of methods; without, the case as it is")
     change_slices: int = option(32, "slices in the middle of the case on which the changes are measured")
     cases: int = option(3, "files for the command; 0 leaves it out")
     batch_size: int = option(16, "slabs a forward pass")
@@ -122,67 +140,78 @@ def make_slabs(model: TrainedModel, volume: np.ndarray) -> Tensor:
 
 
 @torch.inference_mode()
-def predict_with_monai(network: nn.Module, slabs: Tensor, model: TrainedModel, batch_size: int) -> np.ndarray:
-    """Return probabilities (R, D, S, S): SliceInferer called once for each of the three views."""
-    from monai.inferers import SliceInferer
+def predict_each_view(
+    predict: Callable[[Tensor], Tensor], slabs: Tensor, views: Sequence[tuple[int, ...]]
+) -> np.ndarray:
+    """Return probabilities (R, D, S, S) of slabs (C*K, D, S, S), the mean over views.
 
+    `predict` gives the logits of flipped slabs. It is called once for each view, each a tuple of axes.
+    """
+    of_views = [torch.sigmoid(predict(slabs.flip(axes)).float()).flip(axes) for axes in views]
+    return torch.stack(of_views).mean(0).cpu().numpy()
+
+
+def make_monai(network: nn.Module, model: TrainedModel, batch_size: int) -> Callable[[Tensor], Tensor] | None:
+    """Return MONAI's SliceInferer as a function from slabs (C*K, D, S, S) to logits (R, D, S, S), or None."""
+    try:
+        from monai.inferers import SliceInferer
+    except ImportError:
+        return None
     inferer = SliceInferer(roi_size=(model.size, model.size), sw_batch_size=batch_size, spatial_dim=0)
-    slabs = slabs.to(model.device)[None]
-    views = [torch.sigmoid(inferer(slabs.flip(axes), network)).flip(axes) for axes in VIEWS.values()]
-    return torch.stack(views).mean(0)[0].cpu().numpy()
+    return lambda slabs: inferer(slabs.to(model.device)[None], network)[0]
 
 
-def make_nnunet(network: nn.Module, model: TrainedModel) -> Callable[[Tensor], np.ndarray] | None:
-    """Return a function from slabs to probabilities (R, D, S, S) by nnU-Net's 2D predictor, or None."""
+def make_nnunet(network: nn.Module, model: TrainedModel) -> Callable[[Tensor], Tensor] | None:
+    """Return nnU-Net's 2D predictor as a function from slabs (C*K, D, S, S) to logits (R, D, S, S), or None.
+
+    None also where a package that nnU-Net itself needs is missing.
+    """
     try:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     except ImportError:
         return None
-
-    class ThreeViews(nnUNetPredictor):
-        """The predictor with our views in place of its four."""
-
-        def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
-            return sum(self.network(x.flip(axes)).flip(axes) for axes in VIEWS.values()) / len(VIEWS)
-
-    predictor = ThreeViews(device=model.device, allow_tqdm=False)
+    predictor = nnUNetPredictor(
+        use_mirroring=False,
+        perform_everything_on_device=model.device.type == "cuda",
+        device=model.device,
+        allow_tqdm=False,
+    )
     predictor.network = network
     # of its plans, the sliding window asks for these two alone
-    predictor.configuration_manager = type("Configuration", (), {"patch_size": (model.size, model.size)})
-    predictor.label_manager = type("Labels", (), {"num_segmentation_heads": 1})
-    return lambda slabs: (
-        torch.sigmoid(predictor.predict_sliding_window_return_logits(slabs).float()).cpu().numpy()
-    )
+    predictor.configuration_manager = SimpleNamespace(patch_size=(model.size, model.size))
+    predictor.label_manager = SimpleNamespace(num_segmentation_heads=len(model.regions))
+    return predictor.predict_sliding_window_return_logits
 
 
-def make_methods(config: BenchmarkConfig) -> dict[str, Callable[[], np.ndarray] | None]:
-    """Return every method of METHODS as a function of nothing, on one case; None where not installed."""
+def make_methods(
+    config: BenchmarkConfig, names: Sequence[str] = METHODS
+) -> dict[str, Callable[[], np.ndarray] | None]:
+    """Return the methods named, each a function of nothing, on one case; None where not installed.
+
+    Packages are imported for the methods named alone: they weigh in the memory of a process.
+    """
     model, plain = build_model(config)
     network = Mixed(plain, model)
     volume, brain_voxels = load_phantom(config)
-    nnunet = make_nnunet(network, model)
     batch = config.batch_size
+    views = tuple(VIEWS.values()) if config.tta else ((),)
     with_brain = np.flatnonzero(brain_voxels >= BRAIN_SLICE_VOXELS)
+    brain = slice(with_brain[0], with_brain[-1] + 1)
 
     @functools.cache  # made in the warm-up, and only where a method asks for it
     def slabs() -> Tensor:
         return make_slabs(model, volume)
 
-    def middle() -> Tensor:
-        return slabs()[:, with_brain[0] : with_brain[-1] + 1]
+    def on_slices(predict: Callable[[Tensor], Tensor] | None, part: slice) -> Callable[[], np.ndarray] | None:
+        return predict and (lambda: predict_each_view(predict, slabs()[:, part], views))
 
-    methods: tuple[Callable[[], np.ndarray] | None, ...] = (
-        lambda: predict_volume(model, volume, brain_voxels, True, batch),
-        (lambda: predict_with_monai(network, slabs(), model, batch)) if is_installed("monai") else None,
-        (lambda: predict_with_monai(network, middle(), model, batch)) if is_installed("monai") else None,
-        (lambda: nnunet(middle())) if nnunet else None,
-    )
-    return dict(zip(METHODS, methods, strict=True))
-
-
-def is_installed(package: str) -> bool:
-    """Tell whether a package can be imported."""
-    return importlib.util.find_spec(package) is not None
+    makers: dict[str, Callable[[], Callable[[], np.ndarray] | None]] = {
+        OURS: lambda: lambda: predict_volume(model, volume, brain_voxels, config.tta, batch),
+        MONAI: lambda: on_slices(make_monai(network, model, batch), slice(None)),
+        MONAI_BRAIN: lambda: on_slices(make_monai(network, model, batch), brain),
+        NNUNET_BRAIN: lambda: on_slices(make_nnunet(network, model), brain),
+    }
+    return {name: makers[name]() for name in names}
 
 
 def load_phantom(config: BenchmarkConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -226,26 +255,31 @@ def compare(functions: dict[str, Callable[[], Any]], reference: str, repeats: in
     return rows
 
 
+def judge_output(name: str, found: np.ndarray, ours: np.ndarray, placement: Placement) -> dict[str, Any]:
+    """Return how many slices a method ran and its largest difference from ours (R, D, H, W) where ours ran.
+
+    Other methods' probabilities are padded to (R, D, S, S), or (R, slices with brain, S, S).
+    """
+    run = np.flatnonzero(ours.any((0, 2, 3)))
+    if name == OURS:
+        return {"slices_run": len(run)}
+    brain = slice(run[0], run[-1] + 1)
+    part = found[:, brain] if found.shape[1] == ours.shape[1] else found
+    difference = np.abs(unfit_slices(part, placement) - ours[:, brain])
+    return {"slices_run": found.shape[1], "largest_difference": float(difference.max())}
+
+
 def compare_methods(config: BenchmarkConfig) -> list[dict[str, Any]]:
     """Return the rows of the whole-case comparison, with peak memory and agreement with ours."""
     memory = {name: measure_memory(name) for name in METHODS}
     methods = make_methods(config)
     installed = {name: method for name, method in methods.items() if method}
-    ours = installed["ours"]()
+    ours = installed[OURS]()
     placement = place_slices(*config.shape[1:], config.size)
-    run = np.flatnonzero(ours.any((0, 2, 3)))
-    brain = slice(run[0], run[-1] + 1)
-    rows = compare(installed, "ours", config.repeats)
+    rows = compare(installed, OURS, config.repeats)
     for row in rows:
-        found = installed[row["what"]]()
-        if row["what"] != "ours":
-            found = found[:, brain] if found.shape[1] == ours.shape[1] else found
-            padding = [
-                (side - edge) // 2 for side, edge in zip(found.shape[2:], placement.inner, strict=True)
-            ]
-            top, left = padding
-            found = found[..., top : top + placement.inner[0], left : left + placement.inner[1]]
-            row["largest_difference"] = float(np.abs(found - ours[:, brain]).max())
+        row |= judge_output(row["what"], installed[row["what"]](), ours, placement)
+        row["ms_a_pass"] = 1000 * row["seconds"] / row["slices_run"] / (len(VIEWS) if config.tta else 1)
         row["peak_gib"] = memory[row["what"]]
     missing = [{"what": name, "note": "not installed"} for name, method in methods.items() if not method]
     return rows + missing
@@ -312,12 +346,18 @@ def compare_command(config: BenchmarkConfig) -> list[dict[str, Any]]:
         return compare(functions, "one after another", config.repeats)
 
 
+def compared_versions() -> dict[str, str]:
+    """Return the versions of the packages compared with, those that are there."""
+    found = [name for name in ("monai", "nnunetv2") if importlib.util.find_spec(name)]
+    return {name: importlib.metadata.version(name) for name in found}
+
+
 def main(config: BenchmarkConfig) -> None:
     """Measure, print the tables and write the JSON."""
     if config.memory_of is not None:
         if config.memory_of not in METHODS:
             raise InputError(f"--memory-of {config.memory_of}: not one of {', '.join(METHODS)}.")
-        method = make_methods(config)[config.memory_of]
+        method = make_methods(config, (config.memory_of,))[config.memory_of]
         if method:
             method()
         print(own_peak_gib() if method else float("nan"))
@@ -332,6 +372,7 @@ def main(config: BenchmarkConfig) -> None:
         print_table(command)
     content = {
         "settings": dataclasses.asdict(config),
+        "compared_with": compared_versions(),
         "case": whole,
         "changes": changes,
         "command_rows": command,
