@@ -5,6 +5,7 @@ every command shares. Nothing here knows a network or a file format; no sibling 
 """
 
 import argparse
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -36,6 +37,8 @@ CHECKPOINT_FORMAT = "drunet-v2/1"
 THRESHOLDS = np.round(
     np.arange(0.05, 0.951, 0.05), 2
 )  # swept on validation; training itself looks at 0.5 only
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt, from malloc.h
 
 
 class InputError(ValueError):
@@ -371,6 +374,7 @@ def run_command(main: Callable[[Any], None], config_class: type, description: st
     """
     config = parse_config(config_class, description)
     name = Path(sys.argv[0]).name
+    keep_freed_memory()
     try:
         main(config)
     except InputError as error:
@@ -393,6 +397,18 @@ def run_command(main: Callable[[Any], None], config_class: type, description: st
 # ------------------------------------------------------------------------------------------------------------
 # Seeds, devices, files
 # ------------------------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep the memory of freed tensors; nothing where the C library is another one.
+
+    It gives blocks of 32 MiB and more back to the system at once, and the next layer's map is fetched anew,
+    page by page: 440,000 page faults a step and a third of its time for 16 slabs on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def set_seed(seed: int) -> None:

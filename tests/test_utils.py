@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import resource
 import shlex
@@ -677,3 +678,40 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint(
         save_checkpoint(checkpoint, make_content())
     assert checkpoint.read_bytes() == before
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_freed_memory_is_kept_by_every_command():
+    code = """
+import resource, sys
+from dataclasses import dataclass
+import numpy as np
+from utils_v2 import run_command
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 26, np.uint8)  # 64 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def main(config):
+    first = faults()
+    print(first, sum(faults() for _ in range(10)))
+
+if sys.argv.pop() == "command":
+    run_command(main, Config, "")
+else:
+    main(None)
+"""
+    fetched = {}
+    for way in ("command", "plain"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, way], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        fetched[way] = [int(value) for value in done.stdout.split()]
+    first, later = fetched["command"]
+    assert later < first / 10
+    assert fetched["plain"][1] > 5 * fetched["plain"][0]  # without it each block is fetched anew
