@@ -5,6 +5,7 @@ Both take slabs (N, C*K, H, W) float32 and give logits (N, R, H, W), as the netw
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,46 @@ def _fold_join(level: DecoderLevel) -> None:
     level.from_skip = fuse_conv_bn_eval(level.from_skip, level.norm)
     level.from_skip.bias = None
     level.norm = nn.Identity()
+
+
+class FixedBatch(nn.Module):
+    """A network that always sees one batch size, free places zero: another one would be compiled anew."""
+
+    def __init__(self, network: nn.Module, batch_size: int) -> None:
+        super().__init__()
+        self.network = network
+        self.batch_size = batch_size
+
+    def forward(self, slab: Tensor) -> Tensor:
+        """Return the logits of at most `batch_size` slabs."""
+        free = self.batch_size - len(slab)
+        if free:
+            slab = torch.cat([slab, slab.new_zeros(free, *slab.shape[1:])])
+            slab = slab.contiguous(memory_format=torch.channels_last)
+        return self.network(slab)[: self.batch_size - free]
+
+
+def compile_prepared(
+    network: nn.Module, shape: Sequence[int], device: torch.device, dtype: torch.dtype | None
+) -> tuple[nn.Module, str]:
+    """Return a network of `prepare_network` compiled for slabs (N, C*K, H, W), and a sentence that says so.
+
+    Where that fails the network comes back as it is. Weights are built into the code; fewer slabs than N are
+    filled up.
+    """
+    try:
+        compiled = FixedBatch(torch.compile(network, options={"freezing": True}), shape[0])
+        slab = torch.zeros(tuple(shape), device=device).contiguous(memory_format=torch.channels_last)
+        # torch compiles in the first forward pass
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            compiled(slab)
+    except Exception as error:
+        # no compiler, an operator or a Python version it lacks, no memory: each has a type of its own
+        first_line = str(error).strip().split("\n")[0]
+        return network, (
+            f"warning: --compile failed ({type(error).__name__}: {first_line}); going on without it"
+        )
+    return compiled, f"the network is compiled, for {shape[0]} slabs a pass"
 
 
 # ------------------------------------------------------------------------------------------------------------

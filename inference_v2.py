@@ -9,6 +9,7 @@ writes the last. Masks are for research, not for clinical use.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from backends_v2 import load_onnx, prepare_network
+from backends_v2 import OnnxNetwork, compile_prepared, load_onnx, prepare_network
 from cases_v2 import Case, labels_from_regions, load_case, save_labels
 from dataset_balance_v2 import cases_of_split, read_split
 from distributed_v2 import (
@@ -220,6 +221,18 @@ def _predict_slices(
         yield slices, torch.stack([part.flip(VIEWS[view]) for part, view in zip(output, views, strict=True)])
 
 
+def compile_model(model: TrainedModel, batch_size: int, tta: bool) -> TrainedModel:
+    """Return the model compiled for the passes of `predict_volume`, and print what came of it."""
+    if isinstance(model.network, OnnxNetwork):
+        raise InputError("--compile: an ONNX file is no torch network; leave it out, or name best.pt.")
+    views = len(VIEWS) if tta else 1
+    slabs = min(batch_size, max(1, batch_size // views) * views)  # all views of as many slices as fit
+    shape = (slabs, len(model.modalities) * (2 * model.context + 1), model.size, model.size)
+    network, line = compile_prepared(model.network, shape, model.device, model.dtype)
+    print(line)
+    return dataclasses.replace(model, network=network)
+
+
 def threshold_regions(
     probabilities: np.ndarray, thresholds: Sequence[float], regions: Sequence[str]
 ) -> np.ndarray:
@@ -301,6 +314,9 @@ class InferenceConfig:
     slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
     amp: bool = option(True, "mixed precision where the device has it")
+    compile: bool = option(
+        False, "compile the network first; pays from some ten cases on. Where that fails, go on without"
+    )
     seed: int = option(0, "seed; prediction itself draws nothing")
 
 
@@ -394,6 +410,8 @@ def main(config: InferenceConfig) -> None:
     checkpoint = from_main(checkpoint)
     model = load_model(checkpoint, local_device(choose_device(config.device)), config.amp, config.backend)
     cases = from_main(choose_inputs(config, model, checkpoint) if is_main() else None)
+    if config.compile:
+        model = compile_model(model, config.batch_size, config.tta)
     mine = share_of(cases)
     output = Path(config.output)
     print("\n".join(describe_cases(cases)))

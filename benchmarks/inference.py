@@ -42,6 +42,7 @@ from inference_v2 import (
     InferenceConfig,
     TrainedModel,
     build_network,
+    compile_model,
     predict_views,
     predict_volume,
     read_case,
@@ -64,7 +65,7 @@ from volumes_v2 import (
 )
 
 FULL_SHAPE = (155, 240, 240)
-OURS = "ours"
+OURS, COMPILED = "ours", "ours, compiled"
 MONAI = "MONAI SliceInferer"
 MONAI_BRAIN = "MONAI SliceInferer, brain slices"
 NNUNET_BRAIN = "nnU-Net 2D predictor, brain slices"
@@ -84,6 +85,7 @@ class BenchmarkConfig:
     repeats: int = option(5, "rounds after the warm-up, all methods in each")
     tta: bool = option(True, "three views in the comparison of methods; without, the case as it is")
     change_slices: int = option(32, "slices in the middle of the case on which the changes are measured")
+    compile: bool = option(False, "compare our network compiled, too; half a minute to some minutes more")
     cases: int = option(3, "files for the command; 0 leaves it out")
     batch_size: int = option(16, "slabs a forward pass")
     memory_of: str | None = option(None, "run this method alone once and print the peak memory; used inside")
@@ -183,9 +185,7 @@ def make_nnunet(network: nn.Module, model: TrainedModel) -> Callable[[Tensor], T
     return predictor.predict_sliding_window_return_logits
 
 
-def make_methods(
-    config: BenchmarkConfig, names: Sequence[str] = METHODS
-) -> dict[str, Callable[[], np.ndarray] | None]:
+def make_methods(config: BenchmarkConfig, names: Sequence[str]) -> dict[str, Callable[[], np.ndarray] | None]:
     """Return the methods named, each a function of nothing, on one case; None where not installed.
 
     Packages are imported for the methods named alone: they weigh in the memory of a process.
@@ -205,8 +205,12 @@ def make_methods(
     def on_slices(predict: Callable[[Tensor], Tensor] | None, part: slice) -> Callable[[], np.ndarray] | None:
         return predict and (lambda: predict_each_view(predict, slabs()[:, part], views))
 
+    def predict_by(model: TrainedModel) -> Callable[[], np.ndarray]:
+        return lambda: predict_volume(model, volume, brain_voxels, config.tta, batch)
+
     makers: dict[str, Callable[[], Callable[[], np.ndarray] | None]] = {
-        OURS: lambda: lambda: predict_volume(model, volume, brain_voxels, config.tta, batch),
+        OURS: lambda: predict_by(model),
+        COMPILED: lambda: predict_by(compile_model(model, batch, config.tta)),
         MONAI: lambda: on_slices(make_monai(network, model, batch), slice(None)),
         MONAI_BRAIN: lambda: on_slices(make_monai(network, model, batch), brain),
         NNUNET_BRAIN: lambda: on_slices(make_nnunet(network, model), brain),
@@ -263,6 +267,8 @@ def judge_output(name: str, found: np.ndarray, ours: np.ndarray, placement: Plac
     run = np.flatnonzero(ours.any((0, 2, 3)))
     if name == OURS:
         return {"slices_run": len(run)}
+    if name == COMPILED:
+        return {"slices_run": len(run), "largest_difference": float(np.abs(found - ours).max())}
     brain = slice(run[0], run[-1] + 1)
     part = found[:, brain] if found.shape[1] == ours.shape[1] else found
     difference = np.abs(unfit_slices(part, placement) - ours[:, brain])
@@ -271,8 +277,9 @@ def judge_output(name: str, found: np.ndarray, ours: np.ndarray, placement: Plac
 
 def compare_methods(config: BenchmarkConfig) -> list[dict[str, Any]]:
     """Return the rows of the whole-case comparison, with peak memory and agreement with ours."""
-    memory = {name: measure_memory(name) for name in METHODS}
-    methods = make_methods(config)
+    names = (*METHODS, COMPILED) if config.compile else METHODS
+    memory = {name: measure_memory(name) for name in names}
+    methods = make_methods(config, names)
     installed = {name: method for name, method in methods.items() if method}
     ours = installed[OURS]()
     placement = place_slices(*config.shape[1:], config.size)
@@ -355,8 +362,8 @@ def compared_versions() -> dict[str, str]:
 def main(config: BenchmarkConfig) -> None:
     """Measure, print the tables and write the JSON."""
     if config.memory_of is not None:
-        if config.memory_of not in METHODS:
-            raise InputError(f"--memory-of {config.memory_of}: not one of {', '.join(METHODS)}.")
+        if config.memory_of not in (*METHODS, COMPILED):
+            raise InputError(f"--memory-of {config.memory_of}: not one of {', '.join((*METHODS, COMPILED))}.")
         method = make_methods(config, (config.memory_of,))[config.memory_of]
         if method:
             method()

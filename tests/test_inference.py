@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from backends_v2 import fold_batch_norm, prepare_network
+from backends_v2 import OnnxNetwork, fold_batch_norm, prepare_network
 from dataset_balance_v2 import split_cases
 from inference_v2 import (
     VIEWS,
@@ -20,6 +20,7 @@ from inference_v2 import (
     TrainedModel,
     build_network,
     choose_inputs,
+    compile_model,
     load_model,
     main,
     predict_views,
@@ -233,6 +234,37 @@ def test_no_forward_pass_is_larger_than_the_batch_size(batch_size):
     predict_volume(model_of(network, 16), make_volume(1, 5, 16, 16), batch_size=batch_size)
     assert max(network.batch_sizes) <= batch_size
     assert network.slabs_seen == 15
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("tta", [True, False])
+def test_a_compiled_network_sees_one_batch_size_alone(batch_size, tta, monkeypatch, capsys):
+    network = Pointwise((0,), 0.5)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    compiled = compile_model(model_of(network, 16), batch_size, tta)
+    volume = make_volume(1, 5, 16, 16)
+    found = predict_volume(compiled, volume, tta=tta, batch_size=batch_size)
+    assert len(set(network.batch_sizes)) == 1
+    assert max(network.batch_sizes) <= batch_size
+    expected = predict_volume(model_of(network, 16), volume, tta=tta, batch_size=batch_size)
+    assert (found == expected).all()
+    assert "compiled" in capsys.readouterr().out
+
+
+def test_a_network_that_does_not_compile_is_run_as_it_is(monkeypatch, capsys):
+    def no_compiler(_: nn.Module, **__: object) -> nn.Module:
+        raise RuntimeError("no C++ compiler\nset CXX")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model = model_of(Pointwise(), 16)
+    assert compile_model(model, 16, tta=True).network is model.network
+    out = capsys.readouterr().out
+    assert out == "warning: --compile failed (RuntimeError: no C++ compiler); going on without it\n"
+
+
+def test_an_onnx_network_is_not_compiled(input_error):
+    with input_error("--compile", "ONNX"):
+        compile_model(model_of(OnnxNetwork(None), 16), 16, tta=True)
 
 
 @pytest.mark.parametrize(("batch_size", "context"), [(1, 1), (6, 1), (9, 2), (64, 3)])
