@@ -315,7 +315,8 @@ class InferenceConfig:
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
     amp: bool = option(True, "mixed precision where the device has it")
     compile: bool = option(
-        False, "compile the network first; pays from some ten cases on. Where that fails, go on without"
+        False,
+        "compile the network first, half a minute or more: for many cases; where that fails, go on without",
     )
     seed: int = option(0, "seed; prediction itself draws nothing")
 
