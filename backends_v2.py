@@ -100,11 +100,14 @@ def compile_prepared(
             compiled(slab)
     except Exception as error:
         # no compiler, an operator or a Python version it lacks, no memory: each has a type of its own
-        first_line = str(error).strip().split("\n")[0]
-        return network, (
-            f"warning: --compile failed ({type(error).__name__}: {first_line}); going on without it"
-        )
+        return network, warn_of_compiling(error)
     return compiled, f"the network is compiled, for {shape[0]} slabs a pass"
+
+
+def warn_of_compiling(error: Exception) -> str:
+    """Return the sentence that says why --compile is not followed."""
+    first_line = str(error).strip().split("\n")[0]
+    return f"warning: --compile failed ({type(error).__name__}: {first_line}); going on without it"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from backends_v2 import warn_of_compiling
 from model_drunet_v2 import estimate_activation_bytes
 from utils_v2 import InputError
 
@@ -118,8 +119,5 @@ def compile_network(
         try_step(compiled, network, shape, device, dtype)
     except Exception as error:
         # no compiler, an operator or a Python version it lacks, no memory: each has a type of its own
-        first_line = str(error).strip().split("\n")[0]
-        return network, (
-            f"warning: --compile failed ({type(error).__name__}: {first_line}); going on without it"
-        )
+        return network, warn_of_compiling(error)
     return compiled, "the network is compiled"
