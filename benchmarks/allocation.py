@@ -85,8 +85,8 @@ def compare(config: AllocationConfig) -> list[dict[str, Any]]:
             ratios = [
                 each[name][f"{work} slabs/s"] / each["given back"][f"{work} slabs/s"] for each in rounds
             ]
-            row |= {f"{work} times": float(np.median(ratios)), "least": min(ratios), "most": max(ratios)}
-            row[f"{work} least"], row[f"{work} most"] = row.pop("least"), row.pop("most")
+            row |= {f"{work} times": float(np.median(ratios))}
+            row |= {f"{work} least": min(ratios), f"{work} most": max(ratios)}
         rows.append(row)
     return rows
 

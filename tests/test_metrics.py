@@ -344,7 +344,6 @@ def test_hd95_overlooks_less_than_5_percent_of_the_surface_and_sees_more() -> No
         assert hd95(reference, prediction, (1, 1, 1)) > 85
 
 
-@pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")
 @pytest.mark.parametrize(
     "spacing_mm",
     [(1, 1, 1), (3.3, 0.9, 0.9), (0.9, 3.3, 0.9), (0.9, 0.9, 3.3), (0.5, 0.9, 3.3)],  # one way to each plane
@@ -358,6 +357,7 @@ def test_nearest_distances_are_those_of_all_pairs(spacing_mm: tuple[float, ...],
     np.testing.assert_allclose(nearest_distances_mm(points, others, spacing_mm), expected, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")
 @pytest.mark.parametrize("spacing_mm", [(1, 1, 1), (1, 1, 2), (0.7, 1.3, 2.1)])
 @pytest.mark.parametrize(
     "lesion", [[(0, 0, 0)], [(0, 0, 0), (0, 0, 1)], [(0, 0, 0), (0, 0, 1), (0, 1, 0)], [(0, 0, 0), (0, 1, 1)]]
