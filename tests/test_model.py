@@ -21,6 +21,8 @@ from model_drunet_v2 import (
     ModelConfig,
     ResidualBlock,
     SqueezeExcitation,
+    _AddWeighted,
+    _ChannelMean,
     count_flops,
     count_parameters,
     estimate_activation_bytes,
@@ -388,6 +390,53 @@ def test_regions_have_maps_of_their_own() -> None:
         logits = network(draw(1, 3, 32, 32))
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert (logits[:, first] - logits[:, second]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("channels", [1, 3, 40])  # one, fewer and more than a vector register holds
+def test_means_and_weighted_sums_have_the_gradients_of_the_plain_formulas(
+    channels: int, layout: torch.memory_format
+) -> None:
+    x, base = (
+        draw(2, channels, 4, 6, seed=seed).double().contiguous(memory_format=layout) for seed in (0, 1)
+    )
+    per_channel, per_pixel = draw(2, channels, 1, 1, seed=2).double(), draw(2, 1, 4, 6, seed=3).double()
+    inputs = [tensor.requires_grad_() for tensor in (x, base, per_channel, per_pixel)]
+    assert torch.autograd.gradcheck(_ChannelMean.apply, x)
+    torch.testing.assert_close(_ChannelMean.apply(x), x.mean((2, 3), keepdim=True))
+    for weight in (per_channel, per_pixel):
+        assert torch.autograd.gradcheck(_AddWeighted.apply, (base, x, weight))
+        torch.testing.assert_close(_AddWeighted.apply(base, x, weight), base + x * weight)
+    (found,) = torch.autograd.grad(_ChannelMean.apply(x).sum(), inputs[0])
+    assert found.is_contiguous(memory_format=layout)
+
+
+def test_a_mean_of_float16_does_not_pass_its_largest_number() -> None:
+    x = torch.full((1, 1, 64, 64), 100.0, dtype=torch.float16)
+    assert _ChannelMean.apply(x).item() == 100
+
+
+@pytest.mark.parametrize("widths", [NARROW, (32, 48)])
+def test_every_map_has_a_gradient_that_is_channels_last(widths: Sequence[int]) -> None:
+    # one that is not makes the sums it goes into many times slower
+    network = make_network(widths=widths).to(memory_format=torch.channels_last).train()
+    slab = draw(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    found = []
+
+    def watch(function: torch.autograd.graph.Node) -> None:
+        for node, _ in function.next_functions:
+            if node is not None and node not in nodes:
+                nodes.add(node)
+                node.register_hook(lambda made, _: found.extend(g for g in made if g is not None))
+                watch(node)
+
+    nodes: set[torch.autograd.graph.Node] = set()
+    loss = network(slab).square().mean()
+    watch(loss.grad_fn)
+    loss.backward()
+    maps = [g for g in found if g.ndim == 4 and min(g.shape) > 1]
+    assert len(maps) > 30
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in maps)
 
 
 def test_channels_last_and_bfloat16_autocast_give_the_same_logits() -> None:
