@@ -35,6 +35,7 @@ from volumes_v2 import (
     BRAIN_SLICE_VOXELS,
     Z_RANGE,
     fit_slices,
+    kept_range,
     place_slices,
 )
 
@@ -231,6 +232,32 @@ class SlabDataset(Dataset):
         slab *= high - low
         slab += low
         return slab, np.ascontiguousarray(out["mask"].transpose(2, 0, 1))
+
+
+def warn_of_crop(cases: Sequence[PreparedCase], size: int) -> str | None:
+    """Return a sentence where the network's input of size x size cuts tumour off some cases, else None.
+
+    Such tumour is neither learnt nor found. Slices that are resized are not cropped.
+    """
+
+    def cuts(case: PreparedCase, size: int) -> bool:
+        placement = place_slices(*case.shape[1:], size)
+        if placement.inner != placement.native or not np.any(case.region_voxels):
+            return False
+        kept = (kept_range(length, size) for length in placement.native)
+        return any(
+            start < first or stop > end
+            for (start, stop), (first, end) in zip(case.reference_box[1:], kept, strict=True)
+        )
+
+    cut = [case for case in cases if cuts(case, size)]
+    if not cut:
+        return None
+    enough = next(larger for larger in range(size + 16, 10**6, 16) if not any(cuts(c, larger) for c in cut))
+    return (
+        f"warning: --size {size} cuts tumour off {len(cut)} of {len(cases)} cases, first {cut[0].case_id}; "
+        f"--size {enough} keeps it"
+    )
 
 
 class BalancedSampler(Sampler):

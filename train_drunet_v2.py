@@ -32,6 +32,7 @@ from dataset_balance_v2 import (
     cases_of_split,
     make_train_loader,
     slice_table,
+    warn_of_crop,
 )
 from distributed_v2 import (
     average_buffers,
@@ -490,6 +491,8 @@ def main(config: TrainConfig) -> None:
         f"{device.type}, {str(dtype or torch.float32).removeprefix('torch.')}"
         + (f", {world_size()} ranks" if world_size() > 1 else "")
     )
+    if warning := warn_of_crop([*loader.dataset.cases, *validation_cases], config.size):
+        log.say(warning)
     for line in lines:
         log.say(line)
     started_epoch = state.epoch

@@ -79,13 +79,19 @@ def place_slices(height: int, width: int, size: int) -> Placement:
     return Placement((height, width), (max(1, round(height * scale)), max(1, round(width * scale))), size)
 
 
+def kept_range(length: int, size: int) -> tuple[int, int]:
+    """Return (first, last + 1) of the pixels along an axis that a centred crop to `size` keeps."""
+    first = max(0, length - size) // 2
+    return first, first + min(length, size)
+
+
 def _pad_or_crop(array: np.ndarray, height: int, width: int, mode: Literal["edge", "constant"]) -> np.ndarray:
     """Centre the last two axes of an array in (height, width); padding is undone by cropping back."""
     padding = [(0, 0)] * array.ndim
     for axis, target in ((-2, height), (-1, width)):
         excess = array.shape[axis] - target
         if excess > 0:
-            kept = slice(excess // 2, excess // 2 + target)
+            kept = slice(*kept_range(array.shape[axis], target))
             array = array[..., kept, :] if axis == -2 else array[..., kept]
         elif excess < 0:
             padding[axis] = (-excess // 2, -excess - (-excess // 2))

@@ -35,6 +35,7 @@ from dataset_balance_v2 import (
     slice_table,
     split_cases,
     split_sha256,
+    warn_of_crop,
 )
 from volumes_v2 import Z_RANGE, fit_slices, gather_slab, place_slices
 
@@ -314,6 +315,32 @@ def test_without_augmentation_a_slab_is_what_prediction_sees(random_case, size):
         assert (slab.numpy() == expected).all()
         expected = fit_slices(random_case.reference[:, row], placement, is_mask=True)
         assert (target.numpy() == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("tumour", "size", "enough"),
+    [
+        ((8, 40), 64, None),  # columns 8 to 72 are kept of 80
+        ((7, 40), 64, 80),
+        ((8, 72), 64, None),
+        ((8, 73), 64, 80),
+        ((0, 80), 80, None),
+        ((0, 80), 63, None),  # 80 is above 1.25 x 63: resized as a whole
+    ],
+)
+def test_a_crop_that_cuts_tumour_off_is_told(tmp_path, tumour, size, enough):
+    reference = np.zeros((1, 3, 40, 80), bool)
+    reference[:, 1, 5:9, tumour[0] : tumour[1]] = True
+    case = store(tmp_path / "wide", np.zeros((1, 3, 40, 80), np.float16), reference)
+    healthy = store(tmp_path / "healthy", np.zeros((1, 3, 40, 80), np.float16), reference & False)
+    warning = warn_of_crop([healthy, case], size)
+    if enough is None:
+        assert warning is None
+    else:
+        assert f"--size {size} cuts tumour off 1 of 2 cases, first x; --size {enough} keeps it" in warning
+    fitted = fit_slices(reference[:, 1], place_slices(40, 80, size), is_mask=True)
+    if size != 63:
+        assert (warning is not None) == (fitted.sum() < reference.sum())
 
 
 def test_the_target_is_that_of_the_middle_slice(tmp_path):
