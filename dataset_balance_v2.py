@@ -234,29 +234,36 @@ class SlabDataset(Dataset):
         return slab, np.ascontiguousarray(out["mask"].transpose(2, 0, 1))
 
 
-def warn_of_crop(cases: Sequence[PreparedCase], size: int) -> str | None:
+def warn_of_crop(cases: Sequence[PreparedCase], size: int, multiple: int = 16) -> str | None:
     """Return a sentence where the network's input of size x size cuts tumour off some cases, else None.
 
-    Such tumour is neither learnt nor found. Slices that are resized are not cropped.
+    Such tumour is neither learnt nor found. Slices that are resized are not cropped. The size advised is a
+    multiple of `multiple` and cuts none off.
     """
 
-    def cuts(case: PreparedCase, size: int) -> bool:
-        placement = place_slices(*case.shape[1:], size)
-        if placement.inner != placement.native or not np.any(case.region_voxels):
-            return False
-        kept = (kept_range(length, size) for length in placement.native)
-        return any(
-            start < first or stop > end
-            for (start, stop), (first, end) in zip(case.reference_box[1:], kept, strict=True)
-        )
+    def cut_at(side: int) -> list[PreparedCase]:
+        return [case for case in cases if is_cut(case, side)]
 
-    cut = [case for case in cases if cuts(case, size)]
+    cut = cut_at(size)
     if not cut:
         return None
-    enough = next(larger for larger in range(size + 16, 10**6, 16) if not any(cuts(c, larger) for c in cut))
+    sides = range(size // multiple * multiple + multiple, 2**31, multiple)
+    enough = next(side for side in sides if not cut_at(side))
     return (
         f"warning: --size {size} cuts tumour off {len(cut)} of {len(cases)} cases, first {cut[0].case_id}; "
         f"--size {enough} keeps it"
+    )
+
+
+def is_cut(case: PreparedCase, size: int) -> bool:
+    """Return whether the crop to size x size cuts tumour off."""
+    placement = place_slices(*case.shape[1:], size)
+    if placement.inner != placement.native or not np.any(case.region_voxels):
+        return False
+    kept = (kept_range(length, size) for length in placement.native)
+    return any(
+        start < first or stop > end
+        for (start, stop), (first, end) in zip(case.reference_box[1:], kept, strict=True)
     )
 
 

@@ -47,7 +47,8 @@ class _ChannelMean(torch.autograd.Function):
         ctx.layout = layout_of(x)
         if x.dtype == torch.float16:  # whose largest number, 65504, a sum may pass
             return x.mean((2, 3), keepdim=True)
-        return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        return mean.to(x.dtype)  # autocast on CUDA sums to float32, and so would the gradient of the map be
 
     @staticmethod
     @once_differentiable
@@ -75,7 +76,7 @@ class _AddWeighted(torch.autograd.Function):
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """Return whether a map (N, C, H, W) lies channels last in memory or channels first."""
+    """Return the memory format of a map (N, C, H, W), channels last where both fit."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -91,7 +92,7 @@ def spread_weight(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def add_weighted(base: Tensor | None, x: Tensor, weight: Tensor | None) -> Tensor:
-    """Return base + weight * x in one pass over memory; None stands for a base of 0 or a weight of 1."""
+    """Return base + weight * x, without a map of weight * x; None stands for a base of 0 or a weight of 1."""
     if base is None:
         return x if weight is None else x * weight
     return base + x if weight is None else _AddWeighted.apply(base, x, weight)

@@ -491,7 +491,8 @@ def main(config: TrainConfig) -> None:
         f"{device.type}, {str(dtype or torch.float32).removeprefix('torch.')}"
         + (f", {world_size()} ranks" if world_size() > 1 else "")
     )
-    if warning := warn_of_crop([*loader.dataset.cases, *validation_cases], config.size):
+    seen = [*loader.dataset.cases, *validation_cases]
+    if warning := warn_of_crop(seen, config.size, state.network.multiple):
         log.say(warning)
     for line in lines:
         log.say(line)

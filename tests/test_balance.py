@@ -343,6 +343,16 @@ def test_a_crop_that_cuts_tumour_off_is_told(tmp_path, tumour, size, enough):
         assert (warning is not None) == (fitted.sum() < reference.sum())
 
 
+def test_the_size_advised_keeps_tumour_of_cases_that_were_resized_before(tmp_path):
+    cases = []
+    for side in (70, 85):  # 85 is above 1.25 x 64, and not above 1.25 x 80
+        reference = np.ones((1, 1, side, side), bool)
+        cases.append(store(tmp_path / str(side), np.zeros((1, 1, side, side), np.float16), reference))
+    assert "1 of 2 cases, first x; --size 96 keeps it" in warn_of_crop(cases, 64)
+    assert "--size 128 keeps it" in warn_of_crop(cases, 64, multiple=64)
+    assert warn_of_crop(cases, 96) is None
+
+
 def test_the_target_is_that_of_the_middle_slice(tmp_path):
     volume = np.arange(4, dtype=np.float16).reshape(1, 4, 1, 1) * np.ones((1, 1, 8, 8), np.float16)
     case = store(tmp_path, volume, volume == 2)

@@ -416,8 +416,32 @@ def test_a_mean_of_float16_does_not_pass_its_largest_number() -> None:
     assert _ChannelMean.apply(x).item() == 100
 
 
+def test_a_mean_under_autocast_on_a_card_keeps_the_type_of_the_map() -> None:
+    # no card is needed: fake tensors have types and no values
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch._subclasses.fake_tensor.FakeTensorMode():
+            x = torch.empty(1, 2, 4, 4, device="cuda", dtype=torch.bfloat16)
+            assert x.sum((2, 3)).dtype == torch.float32
+            assert _ChannelMean.apply(x).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def test_a_training_step_compiles_without_a_break() -> None:
+    network, slab = make_network(widths=(4, 8)), draw(2, 3, 8, 8)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for forward in (network, compiled):
+        forward(slab).square().mean().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+        network.zero_grad()
+    for plain, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("widths", [NARROW, (32, 48)])
-def test_every_map_has_a_gradient_that_is_channels_last(widths: Sequence[int]) -> None:
+def test_every_gradient_of_a_map_is_channels_last(widths: Sequence[int]) -> None:
     # one that is not makes the sums it goes into many times slower
     network = make_network(widths=widths).to(memory_format=torch.channels_last).train()
     slab = draw(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
