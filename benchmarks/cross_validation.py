@@ -1,12 +1,14 @@
 """Dice over every patient of a cohort: k runs, each tested on a k-th of the patients that it has not seen.
 
-    python -m benchmarks.cross_validation --data-dir data/lgg --train "--widths 16 32 64 128 256"
+    python -m benchmarks.cross_validation --data-dir data/lgg --name lgg --train "--widths 16 32 64 128 256"
 
 A single test set of few patients is hard or easy by luck; here each patient is a test patient once. Folds are
 by patient. In each, validation patients are drawn from the rest, and choose epoch, threshold and
-post-processing as always. Run it again to go on: folds that have been audited are kept.
+post-processing as always. Stopped, it goes on when run again; folds that have been audited are kept.
 """
 
+import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -19,13 +21,22 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.common import print_table, write_result
-from cases_v2 import Case
+from cases_v2 import Case, with_reference
 from dataset_balance_v2 import SPLIT_PARTS, read_split, split_sha256
-from layouts_v2 import find_cases
 from measure_v2 import summarise_cohort
-from utils_v2 import InputError, option, run_command, write_json
+from run_v2 import RESUMABLE, TrainConfig, choose_cases
+from utils_v2 import (
+    InputError,
+    load_checkpoint,
+    option,
+    parse_config,
+    run_command,
+    typed_options,
+    write_json,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
+# What a fold decides itself, or what would take patients out of it.
+NOT_IN_TRAIN = {"data_dir", "split", "run", "results_dir", "resume", "hold_out_dir", "skip_bad"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,38 @@ class CrossValidationConfig:
     folds: int = option(5, "runs, and parts of the patients")
     only: tuple[int, ...] | None = option(None, "folds to run now, from 0; default: all")
     validation_share: float = option(0.15, "share of a fold's other patients that are validated on")
-    name: str = option("cross_validation", "runs are results/NAME_0 and so on, the result is NAME.json")
+    name: str = option("cohort", "runs are results/cross_validation_NAME_0 and so on")
     seed: int = option(0, "seed of the folds")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One run of a cross-validation."""
+
+    run: Path
+    split: dict[str, Any]
+
+    def is_trained(self) -> bool:
+        """Return whether training has come to its end, which is the choice of post-processing."""
+        path = self.run / "best.pt"
+        return path.exists() and "postprocessing" in load_checkpoint(path)
+
+    def is_audited(self) -> bool:
+        """Return whether the audit has been written."""
+        return (self.run / "evaluation" / "summary.json").exists()
+
+
+def parse_training(config: CrossValidationConfig) -> tuple[list[str], TrainConfig]:
+    """Return the flags in --train, and the settings they stand for; InputError where one has no place."""
+    try:
+        flags = shlex.split(config.train)
+    except ValueError as error:
+        raise InputError(f"--train {config.train!r}: {error}; close the quotes.") from error
+    if taken := typed_options(flags) & NOT_IN_TRAIN:
+        flag = min(taken).replace("_", "-")
+        raise InputError(f"--train: --{flag} has no place in it, as it would change the folds; leave it out.")
+    settings = parse_config(TrainConfig, "Flags in --train.", [*flags, f"--data-dir={config.data_dir}"])
+    return flags, settings
 
 
 def split_folds(
@@ -49,6 +90,10 @@ def split_folds(
     Patients are sorted, shuffled by the seed and dealt out in turn, so that parts differ by one at most.
     InputError where a fold would leave fewer than two patients to train and validate on.
     """
+    if not 0 < validation_share < 1 or seed < 0:
+        raise InputError(
+            f"--validation-share {validation_share} must be between 0 and 1, --seed {seed} 0 or more."
+        )
     patients = sorted({case.patient_id for case in cases})
     if not 2 <= folds <= len(patients) or len(patients) - -(-len(patients) // folds) < 2:
         raise InputError(
@@ -73,37 +118,63 @@ def split_folds(
     return splits
 
 
-def run_fold(config: CrossValidationConfig, split: dict[str, Any]) -> Path:
-    """Train and audit one fold unless that is done, and return its run folder."""
-    run = ROOT / "results" / f"{config.name}_{split['fold']}"
-    if (run / "evaluation" / "summary.json").exists():
-        if read_split(run / "split.json")["sha256"] != split["sha256"]:
-            raise InputError(f"{run}: a fold of other patients; remove it or choose another --name.")
-        return run
-    split_path = ROOT / "results" / f"{run.name}_split.json"
-    write_json(split_path, split)
-    train = ["train_drunet_v2.py", "--data-dir", config.data_dir, "--split", str(split_path)]
-    train += ["--run", run.name, *shlex.split(config.train)]
-    for command in (train, ["final_evaluation_v2.py", "--run", f"results/{run.name}"]):
-        if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
-            raise InputError(f"fold {split['fold']}: {command[0]} failed; see above, then run this again.")
-    split_path.unlink()
-    return run
+def check_fold(fold: Fold, settings: TrainConfig) -> None:
+    """Raise InputError where a fold's run folder holds a run of other patients or other settings."""
+    if not (fold.run / "config.json").exists():
+        return
+    found = json.loads((fold.run / "config.json").read_text())
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    free = NOT_IN_TRAIN - {"data_dir"} | set(RESUMABLE)
+    other = [
+        f"--{name.replace('_', '-')}" for name in asked if name not in free and found.get(name) != asked[name]
+    ]
+    if read_split(fold.run / "split.json")["sha256"] != fold.split["sha256"]:
+        other.append("patients in its parts")
+    if other:
+        raise InputError(f"{fold.run}: a run with other {', '.join(other)}; choose another --name.")
 
 
-def read_fold(run: Path) -> pd.DataFrame:
-    """Return the per-case rows of a fold's test patients."""
-    rows = pd.read_csv(run / "evaluation" / "metrics_per_case.csv", dtype={"case": str, "patient": str})
-    return rows[rows["cohort"] == "internal"]
+def run_fold(fold: Fold, flags: list[str], settings: TrainConfig) -> None:
+    """Train and audit a fold, as far as that is not done."""
+    commands = []
+    if not fold.is_trained():
+        train = ["train_drunet_v2.py", *flags]
+        if (fold.run / "last.pt").exists():
+            train += ["--resume", str(fold.run)]
+        else:
+            write_json(fold.run / "split.json", fold.split)
+            train += ["--data-dir", settings.data_dir, "--split", str(fold.run / "split.json")]
+            train += ["--run", fold.run.name]
+        commands.append(train)
+    if not fold.is_audited():
+        audit = ["final_evaluation_v2.py", "--run", str(fold.run), "--cache-dir", settings.cache_dir]
+        audit += ["--device", settings.device, "--amp" if settings.amp else "--no-amp"]
+        commands.append(audit)
+    for command in commands:
+        if subprocess.run([sys.executable, *command], check=False).returncode:
+            raise InputError(f"{fold.run.name}: {command[0]} failed, see above; run this again to go on.")
 
 
-def summarise_folds(rows: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """Return {region: {mode: summary}} over the test cases of all folds, for modes "plain" and "tta"."""
+def pool_folds(folds: Sequence[Fold], seed: int) -> dict[str, Any]:
+    """Return summary and table over the test cases of all folds, and what they come from."""
+    summaries = [json.loads((fold.run / "evaluation" / "summary.json").read_text()) for fold in folds]
+    rows = []
+    for fold in folds:
+        table = pd.read_csv(
+            fold.run / "evaluation" / "metrics_per_case.csv", dtype={"case": str, "patient": str}
+        )
+        rows.append(table[(table["cohort"] == "internal") & table["mode"].isin(("plain", "tta"))])
     summary: dict[str, Any] = {}
-    for (region, mode), part in rows.groupby(["region", "mode"], sort=False):
-        if mode in ("plain", "tta"):
-            summary.setdefault(region, {})[mode] = summarise_cohort(part.reset_index(drop=True), seed)
-    return summary
+    for (region, mode), part in pd.concat(rows).groupby(["region", "mode"], sort=False):
+        summary.setdefault(region, {})[mode] = summarise_cohort(part.reset_index(drop=True), seed)
+    return {
+        "data_kind": summaries[0]["data_kind"],
+        "averaged_over": summaries[0]["averaged_over"],
+        "summary": summary,
+        "table": make_table(summary, rows),
+        "split_sha256": [found["split_sha256"] for found in summaries],
+        "checkpoint_sha256": [found["checkpoint_sha256"] for found in summaries],
+    }
 
 
 def make_table(summary: dict[str, Any], by_fold: Sequence[pd.DataFrame]) -> list[dict[str, Any]]:
@@ -112,7 +183,7 @@ def make_table(summary: dict[str, Any], by_fold: Sequence[pd.DataFrame]) -> list
     for region, by_mode in summary.items():
         for mode, found in by_mode.items():
             dice = found["dice"]
-            row = {"region": region, "mode": mode, "n": found["n_cases"]}
+            row = {"region": region, "mode": mode, "cases": found["n_cases"], "patients": found["n_patients"]}
             row |= {name: dice[name] for name in ("mean", "sd", "median")}
             row |= {"ci95": "{:.3f} to {:.3f}".format(*dice["ci95"])}
             for fold, rows in enumerate(by_fold):
@@ -123,24 +194,29 @@ def make_table(summary: dict[str, Any], by_fold: Sequence[pd.DataFrame]) -> list
 
 def main(config: CrossValidationConfig) -> None:
     """Run the folds that are asked for; once all are there, print and write what they come to."""
-    splits = split_folds(
-        find_cases(ROOT / config.data_dir), config.folds, config.validation_share, config.seed
-    )
+    if Path(config.name).name != config.name:
+        raise InputError(f"--name {config.name!r}: a plain name is needed, without a folder.")
+    flags, settings = parse_training(config)
+    cases = with_reference(choose_cases(settings)[0], config.data_dir)
+    splits = split_folds(cases, config.folds, config.validation_share, config.seed)
+    name = f"cross_validation_{config.name}"
+    folds = [Fold(Path("results") / f"{name}_{index}", split) for index, split in enumerate(splits)]
     chosen = range(config.folds) if config.only is None else config.only
     if unknown := set(chosen) - set(range(config.folds)):
         raise InputError(f"--only {min(unknown)}: folds are 0 to {config.folds - 1}.")
-    for fold in chosen:
-        run_fold(config, splits[fold])
-    runs = [ROOT / "results" / f"{config.name}_{fold}" for fold in range(config.folds)]
-    if missing := [run.name for run in runs if not (run / "evaluation" / "summary.json").exists()]:
+    for fold in folds:
+        check_fold(fold, settings)
+    for index in chosen:
+        run_fold(folds[index], flags, settings)
+    if missing := [fold.run.name for fold in folds if not fold.is_audited()]:
         print(f"to do before there is a result: {', '.join(missing)}")
         return
-    by_fold = [read_fold(run) for run in runs]
-    summary = summarise_folds(pd.concat(by_fold), config.seed)
-    table = make_table(summary, by_fold)
+    pooled = pool_folds(folds, config.seed)
+    if pooled["data_kind"] == "phantom":
+        print("synthetic phantoms, not a BraTS result")
     print("Dice per case, mean over the test cases of all folds, each by the fold that has not seen it")
-    print_table(table)
-    print(write_result(config.name, {"folds": config.folds, "summary": summary, "table": table}))
+    print_table(pooled["table"])
+    print(write_result(name, pooled))
 
 
 if __name__ == "__main__":
