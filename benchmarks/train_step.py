@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from backends_v2 import prepare_network
+from backends_v2 import FixedBatch, compile_prepared, prepare_network
 from benchmarks.common import print_table, time_pairs, write_result
 from model_drunet_v2 import WIDTHS, DRUNetV2
 from utils_v2 import (
@@ -139,7 +139,11 @@ def measure(config: StepConfig) -> dict[str, Any]:
         MONAI: networks[MONAI],
     }
     if config.compile:
-        ready |= {f"{name}, compiled": torch.compile(copy.deepcopy(ready[name])) for name in (OURS, MONAI)}
+        for name in (OURS, MONAI):
+            forward, line = compile_prepared(copy.deepcopy(ready[name]).eval(), slab.shape, device, dtype)
+            print(f"{name}: {line}")
+            if isinstance(forward, FixedBatch):  # else it could not be compiled
+                ready[f"{name}, compiled"] = forward
     predictors = {name: make_predictor(net, slab, dtype, config.steps) for name, net in ready.items()}
     rows += compare(predictors, "inference", batch * config.steps, config.repeats)
     precision = str(dtype or torch.float32).removeprefix("torch.")
