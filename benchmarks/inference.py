@@ -13,8 +13,10 @@ view, unmirrored, on the flipped case: as many forward passes as ours. What a sl
 passes is then paid three times; `--no-tta` compares one view, where it is not. `ms_a_pass` is the time per
 slice and view. Entered at `predict_sliding_window_return_logits`, after preprocessing and before export, with
 its default step and Gaussian: one tile a slice, one slice a pass, logits added up in float16. It gets the
-slices with brain alone, as its preprocessing cuts the others off, and our number format, although on a CPU it
-would take float32.
+slices with brain alone, as its preprocessing cuts the others off.
+
+In these rows all have our number format. On a CPU that is bfloat16, which neither MONAI nor nnU-Net takes by
+itself: both are measured in float32 as well, the way they come.
 """
 
 import dataclasses
@@ -69,7 +71,10 @@ OURS, COMPILED = "ours", "ours, compiled"
 MONAI = "MONAI SliceInferer"
 MONAI_BRAIN = "MONAI SliceInferer, brain slices"
 NNUNET_BRAIN = "nnU-Net 2D predictor, brain slices"
+MONAI_FLOAT32 = "MONAI SliceInferer, float32"
+NNUNET_FLOAT32 = "nnU-Net 2D predictor, brain slices, float32"
 METHODS = (OURS, MONAI, MONAI_BRAIN, NNUNET_BRAIN)
+AS_THEY_COME = (MONAI_FLOAT32, NNUNET_FLOAT32)  # where we do not compute in float32, on a CPU
 NARROW_WIDTHS = (16, 32, 64, 128, 256)
 
 
@@ -214,6 +219,8 @@ def make_methods(config: BenchmarkConfig, names: Sequence[str]) -> dict[str, Cal
         MONAI: lambda: on_slices(make_monai(network, model, batch), slice(None)),
         MONAI_BRAIN: lambda: on_slices(make_monai(network, model, batch), brain),
         NNUNET_BRAIN: lambda: on_slices(make_nnunet(network, model), brain),
+        MONAI_FLOAT32: lambda: on_slices(make_monai(plain, model, batch), slice(None)),
+        NNUNET_FLOAT32: lambda: on_slices(make_nnunet(plain, model), brain),
     }
     return {name: makers[name]() for name in names}
 
@@ -278,6 +285,9 @@ def judge_output(name: str, found: np.ndarray, ours: np.ndarray, placement: Plac
 def compare_methods(config: BenchmarkConfig) -> list[dict[str, Any]]:
     """Return the rows of the whole-case comparison, with peak memory and agreement with ours."""
     names = (*METHODS, COMPILED) if config.compile else METHODS
+    device = choose_device(config.device)
+    if device.type == "cpu" and amp_dtype(device, True):
+        names = (*names, *AS_THEY_COME)
     memory = {name: measure_memory(name) for name in names}
     methods = make_methods(config, names)
     installed = {name: method for name, method in methods.items() if method}
@@ -362,8 +372,9 @@ def compared_versions() -> dict[str, str]:
 def main(config: BenchmarkConfig) -> None:
     """Measure, print the tables and write the JSON."""
     if config.memory_of is not None:
-        if config.memory_of not in (*METHODS, COMPILED):
-            raise InputError(f"--memory-of {config.memory_of}: not one of {', '.join((*METHODS, COMPILED))}.")
+        known = (*METHODS, COMPILED, *AS_THEY_COME)
+        if config.memory_of not in known:
+            raise InputError(f"--memory-of {config.memory_of}: not one of {', '.join(known)}.")
         method = make_methods(config, (config.memory_of,))[config.memory_of]
         if method:
             method()
