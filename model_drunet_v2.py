@@ -16,12 +16,11 @@ Run as a command it prints parameters, GFLOP per slab and activation memory:
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from utils_v2 import InputError, option, run_command
@@ -42,7 +41,7 @@ class _ChannelMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         ctx.shape = x.shape
         ctx.layout = layout_of(x)
         if x.dtype == torch.float16:  # whose largest number, 65504, a sum may pass
@@ -52,7 +51,7 @@ class _ChannelMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         share = gradient / (ctx.shape[2] * ctx.shape[3])
         return share.expand(ctx.shape).contiguous(memory_format=ctx.layout)
 
@@ -64,13 +63,13 @@ class _AddWeighted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return torch.addcmul(base, x, spread_weight(weight, x))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         return gradient, gradient * spread_weight(weight, x), (gradient * x).sum_to_size(weight.shape)
 
