@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from augmentation_v2 import BIAS_GRID, BiasField, build_augmentation
+from augmentation_v2 import BIAS_GRID, BiasField, TumourContrast, build_augmentation
 
 SIDE = 64
 
@@ -50,6 +50,61 @@ def test_a_bias_field_stays_in_range_and_leaves_a_constant_slab():
     assert max(under_field(bright, seed).max() for seed in range(20)) == 1
     constant = np.full((SIDE, SIDE, 2), 0.4, np.float32)
     assert (under_field(constant, 3) == constant).all()
+
+
+def with_contrast(
+    image: np.ndarray, mask: np.ndarray, factor: float, keep_border: bool = False
+) -> np.ndarray:
+    transform = TumourContrast((factor, factor), p=1)
+    params = transform.get_params_dependent_on_data({}, {"mask": mask})
+    assert params["factor"] == factor
+    return transform.apply(image, **(params | {"keep_border": keep_border}))
+
+
+def test_a_tumours_contrast_to_its_rim_is_scaled_in_each_channel_apart():
+    mask = np.zeros((SIDE, SIDE, 2), np.uint8)
+    mask[20:44, 20:44, 0] = 1
+    mask[24:40, 24:40, 1] = 1  # of several regions the tumour is what any of them holds
+    image = np.full((SIDE, SIDE, 2), (0.3, 0.5), np.float32)
+    image[20:44, 20:44] = (0.7, 0.4)  # contrast 0.4, and -0.1 where tumour is dark
+    image[30, 30] += 0.05  # texture
+    for factor, inside in ((0.5, (0.5, 0.45)), (1.2, (0.78, 0.38)), (1.0, (0.7, 0.4)), (-0.5, (0.1, 0.55))):
+        for keep_border in (False, True):
+            out = with_contrast(image, mask, factor, keep_border)
+            assert out.dtype == np.float32
+            np.testing.assert_allclose(out[32, 33], inside, atol=1e-3)
+            np.testing.assert_allclose(out[30, 30] - out[30, 33], 0.05, atol=1e-3)
+            assert (out[:10] == image[:10]).all()
+            assert (out[:, 54:] == image[:, 54:]).all()
+            if factor != 1:
+                at_border = (out - image)[20, 32, 0] / ((factor - 1) * 0.4)
+                # a step blurred by an SD of two pixels: half a pixel inside of it, and 3.5 outside
+                assert at_border == pytest.approx(0.040 if keep_border else 0.599, abs=0.01)
+    assert image[32, 33] == pytest.approx((0.7, 0.4))  # the input stays as it was
+
+
+def test_a_tumours_contrast_is_found_at_the_edge_of_a_slab_and_nowhere_without_tumour():
+    image = np.full((SIDE, SIDE, 1), 0.2, np.float32)
+    image[:30, :30] = 0.9
+    mask = np.zeros((SIDE, SIDE, 1), np.uint8)
+    assert (with_contrast(image, mask, 0.3) == image).all()
+    mask[:30, :30] = 1
+    assert with_contrast(image, mask, 0)[5, 5] == pytest.approx(0.2, abs=1e-3)
+    assert with_contrast(image, mask, 3).max() == 1  # clipped
+    assert (with_contrast(image, np.ones_like(mask), 0.3) == image).all()  # no rim to compare with
+    mask[:] = 0
+    mask[40:43, 40:43] = 1  # all border
+    assert (with_contrast(image, mask, 0, keep_border=True) == image).all()
+
+
+def test_a_tumours_contrast_is_drawn_within_its_limits_with_and_without_border():
+    transform = TumourContrast((-0.3, 1.2), p=1)
+    transform.set_random_seed(0)
+    drawn = [transform.get_params_dependent_on_data({}, {"mask": np.ones((4, 4, 1))}) for _ in range(300)]
+    factors = np.array([params["factor"] for params in drawn])
+    assert factors.min() == pytest.approx(-0.3, abs=0.05)
+    assert factors.max() == pytest.approx(1.2, abs=0.05)
+    assert np.mean([params["keep_border"] for params in drawn]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_mask_is_not_resampled_by_what_changes_intensities():
