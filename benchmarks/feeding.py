@@ -16,7 +16,7 @@ import albumentations as A
 import cv2
 import numpy as np
 
-from augmentation_v2 import BiasField, BrightnessContrast, Warp
+from augmentation_v2 import BiasField, BrightnessContrast, TumourContrast, Warp
 from benchmarks.common import print_table, time_pairs, write_result
 from cache_v2 import prepare_cases
 from dataset_balance_v2 import (
@@ -61,6 +61,7 @@ def transforms() -> dict[str, A.BasicTransform]:
         "elastic": Warp(0, 1),
         "(A.ElasticTransform)": A.ElasticTransform(alpha=60, sigma=9, **border, p=1),
         "affine and elastic": Warp(1, 1),
+        "tumour contrast": TumourContrast((-0.3, 1.2), p=1),
         "bias field": BiasField(0.35, p=1),
         "brightness, contrast": BrightnessContrast(0.08, 0.2, p=1),
         "(A.RandomBrightnessContrast)": A.RandomBrightnessContrast(0.08, 0.2, p=1),
