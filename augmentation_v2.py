@@ -189,20 +189,24 @@ class TumourContrast(A.ImageOnlyTransform):
             slice(max(0, top - margin), top + height + margin),
             slice(max(0, left - margin), left + width + margin),
         )
-        inside = tumour[window]
-        share = cv2.GaussianBlur(inside.astype(np.float32), (0, 0), TUMOUR_EDGE)
-        rim = (inside == 0) & (share > 0.02)
-        if not inside.any() or not rim.any():
+        near = tumour[window]
+        share = fade_out(near)
+        inside, rim = near > 0, (near == 0) & (share > 0.02)
+        if not (inside.any() and rim.any()):
             return img
         if keep_border:
-            core = cv2.erode(inside, np.ones((3, 3), np.uint8), iterations=2 * TUMOUR_EDGE)
-            share = cv2.GaussianBlur(core.astype(np.float32), (0, 0), TUMOUR_EDGE)
+            share = fade_out(cv2.erode(near, np.ones((3, 3), np.uint8), iterations=2 * TUMOUR_EDGE))
         out = img.copy()
         for channel in range(img.shape[2]):
-            pixels = img[..., channel][window]
-            contrast = pixels[inside > 0].mean() - pixels[rim].mean()
-            out[..., channel][window] = np.clip(pixels + (factor - 1) * contrast * share, 0, 1)
+            pixels = out[..., channel][window]
+            contrast = pixels[inside].mean() - pixels[rim].mean()
+            np.clip(pixels + (factor - 1) * contrast * share, 0, 1, out=pixels)
         return out
+
+
+def fade_out(mask: np.ndarray) -> np.ndarray:
+    """Return a mask (H, W) uint8 as float32 shares, 0..1, whose border is smooth."""
+    return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), TUMOUR_EDGE)
 
 
 def build_augmentation() -> A.Compose:
