@@ -166,7 +166,7 @@ def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> N
         axes.axhline(summary["mean"], color=COHORT_COLOURS[cohort], linewidth=1.2)
         title = f"{cohort}: mean {summary['mean']:+.4f}"
         if summary["ci95"]:
-            axes.axhspan(*summary["ci95"], color=COHORT_COLOURS[cohort], alpha=0.18, linewidth=0)
+            axes.axhspan(*summary["ci95"], color=COHORT_COLOURS[cohort], alpha=0.18, linewidth=0, zorder=0)
             title += ", 95 % interval {:+.4f} to {:+.4f}".format(*summary["ci95"])
         axes.set_title(title, fontsize=10)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
