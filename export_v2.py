@@ -4,10 +4,10 @@
     python inference_v2.py --checkpoint model.onnx --input CASE_FOLDER
 
 The file holds the network in float32 with batch norm folded: input "slab" (N, C*K, size, size), output
-"logits" (N, R, size, size), any N; a region's probability is the sigmoid of its logit. What a user must know
-beside the weights (modalities, regions, context, size, thresholds, post-processing, the checkpoint's SHA-256)
-is in the file: in ONNX as metadata properties, each a JSON value, in torch.export as metadata.json. Of the
-two ways to a torch file, torch.export and TorchScript, torch itself has deprecated the second.
+"logits" (N, R, size, size), any N. A region's probability is the sigmoid of its logit. The file also holds
+what a user must know beside the weights: modalities, regions, context, size, thresholds, post-processing, the
+checkpoint's SHA-256. In ONNX these are metadata properties, each a JSON value; in torch.export they are
+metadata.json. TorchScript is not offered, as torch has deprecated it.
 """
 
 import dataclasses
@@ -22,51 +22,48 @@ import numpy as np
 import torch
 from torch import nn
 
-from backends_v2 import ONNX_FORMAT, load_onnx
-from cases_v2 import load_case
-from inference_v2 import (
-    TrainedModel,
-    load_model,
-    predict_volume,
-    threshold_regions,
-)
-from layouts_v2 import find_cases
-from utils_v2 import (
-    InputError,
-    dice_score,
-    file_sha256,
-    newest_run,
-    option,
-    run_command,
-    set_seed,
-    write_atomically,
-)
-from volumes_v2 import Z_RANGE, normalise_volume
-
-OPSET = 18
-CPU = torch.device("cpu")
-# What goes into the file of a checkpoint. Never the data's place or the patients' ids.
-KEPT = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice")
-KEPT_SETTINGS = ("modalities", "regions", "context", "size", "widths")
-TOLERANCE = 1e-4  # of probabilities, between the network and its export
+from audit.masks import threshold_regions
+from cohort.cases import load_case
+from cohort.layouts import CaseSource, find_cases
+from cohort.preprocess import Z_RANGE, normalise_volume
+from inference_v2 import ONNX_FORMAT, TrainedModel, load_model, load_onnx, predict_volume
+from runtime.checkpoints import newest_run
+from runtime.command import Seed, run_command
+from runtime.errors import InputError
+from runtime.files import file_sha256, write_atomically
+from runtime.log import log
+from utils_v2 import dice_score
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """Settings of the export."""
 
-    checkpoint: str | None = option(None, "best.pt of a run; default: the newest run in results/")
-    format: Literal["onnx", "torch-export"] = option("onnx", "format of the file")
-    output: str | None = option(None, "file to write; default: model.onnx or model.pt2 beside the checkpoint")
-    check_input: str | None = option(None, "case folder to check the export on; default: one batch of noise")
-    seed: int = option(0, "seed of the noise")
+    checkpoint: str | None = None
+    """best.pt of a run; default: the newest run in results/"""
+    format: Literal["onnx", "torch-export"] = "onnx"
+    """format of the file"""
+    output: str | None = None
+    """file to write; default: model.onnx or model.pt2 beside the checkpoint"""
+    check_input: str | None = None
+    """case folder to check the export on; default: one batch of noise"""
+    seed: Seed = 0
+    """seed of the noise"""
+
+
+OPSET = 18
+CPU = torch.device("cpu")
+# What of a checkpoint goes into the file: never the data folder or the patients' ids.
+EXPORTED_RESULTS = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice")
+EXPORTED_SETTINGS = ("modalities", "regions", "context", "size", "widths")
+TOLERANCE = 1e-4  # of probabilities, between the network and its export
 
 
 def describe_checkpoint(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return what an exported file says of itself, as plain values."""
-    config = {name: checkpoint["config"][name] for name in KEPT_SETTINGS}
-    kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
-    return {"config": config, **kept, "opset": OPSET, "checkpoint_sha256": file_sha256(path)}
+    """Return the metadata of an exported file, as plain values."""
+    config = {name: checkpoint["config"][name] for name in EXPORTED_SETTINGS}
+    results = {name: checkpoint[name] for name in EXPORTED_RESULTS if name in checkpoint}
+    return {"config": config, **results, "opset": OPSET, "checkpoint_sha256": file_sha256(path)}
 
 
 def trace_network(network: nn.Module, in_channels: int, size: int) -> torch.export.ExportedProgram:
@@ -82,7 +79,7 @@ def write_onnx(program: torch.export.ExportedProgram, metadata: dict[str, Any], 
         import onnxscript  # noqa: F401, torch's exporter imports it late and fails with a traceback
     except ImportError as error:
         raise InputError(
-            f"--format onnx: the package {error.name} is missing; pip install onnx onnxscript."
+            "--format onnx", f"the package {error.name} is missing", "pip install onnx onnxscript"
         ) from error
     exported = torch.onnx.export(
         program,
@@ -115,62 +112,63 @@ def load_export(path: Path, like: TrainedModel) -> TrainedModel:
 
 def compare_on_noise(model: TrainedModel, exported: TrainedModel, in_channels: int, seed: int) -> float:
     """Return the largest difference of probabilities over three slabs of noise in the range of real ones."""
-    draw = np.random.default_rng(seed).uniform(*Z_RANGE, (3, in_channels, model.size, model.size))
-    slabs = torch.from_numpy(draw.astype(np.float32))
+    noise = np.random.default_rng(seed).uniform(*Z_RANGE, (3, in_channels, model.size, model.size))
+    slabs = torch.from_numpy(noise.astype(np.float32))
     with torch.inference_mode():
-        expected, found = (torch.sigmoid(each.network(slabs)) for each in (model, exported))
-    return float((expected - found).abs().max())
+        expected, actual = (torch.sigmoid(each.network(slabs)) for each in (model, exported))
+    return float((expected - actual).abs().max())
 
 
 def compare_on_case(
     model: TrainedModel, exported: TrainedModel, folder: str
 ) -> tuple[float, dict[str, float]]:
     """Return the largest difference of a case's probabilities, with TTA, and its masks' Dice by region."""
-    volume, brain_voxels = normalise_volume(
-        load_case(find_cases(folder, model.modalities)[0], model.modalities).volume
+    volume, brain = normalise_volume(
+        load_case(find_cases(CaseSource(folder), model.modalities)[0], model.modalities).volume
     )
-    expected, found = (predict_volume(each, volume, brain_voxels) for each in (model, exported))
-    masks = [threshold_regions(each, model.thresholds, model.regions) for each in (expected, found)]
+    expected, actual = (predict_volume(each, volume, brain.sum((1, 2))) for each in (model, exported))
+    masks = [threshold_regions(each, model.thresholds, model.regions) for each in (expected, actual)]
     dice = {region: dice_score(*pair) for region, *pair in zip(model.regions, *masks, strict=True)}
-    return float(np.abs(expected - found).max()), dice
+    return float(np.abs(expected - actual).max()), dice
 
 
 def check_export(model: TrainedModel, path: Path, config: ExportConfig, in_channels: int) -> None:
-    """Run the file beside the network and print how far apart they are; RuntimeError beyond TOLERANCE."""
+    """Run the file beside the network and log how far apart they are; RuntimeError beyond TOLERANCE."""
     try:
         exported = load_export(path, model)
     except InputError as error:
-        print(f"not checked: {error}")
+        log.warning("not checked: %s", error)
         return
     if config.check_input:
         difference, dice = compare_on_case(model, exported, config.check_input)
         agreement = ", ".join(f"{region} {value:.6f}" for region, value in dice.items())
-        print(f"{config.check_input}: Dice of the two masks {agreement}")
+        log.info("%s: Dice of the two masks %s", config.check_input, agreement)
     else:
         difference = compare_on_noise(model, exported, in_channels, config.seed)
-    print(f"largest difference of probabilities between the network and the file: {difference:.1e}")
+    log.info("largest difference of probabilities between the network and the file: %.1e", difference)
     if difference > TOLERANCE:
         raise RuntimeError(f"{path}: differs from the network by {difference:.1e}, more than {TOLERANCE:.0e}")
 
 
 def main(config: ExportConfig) -> None:
     """Write the export and check it."""
-    set_seed(config.seed)
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_run(Path("results")) / "best.pt"
     suffix = ".onnx" if config.format == "onnx" else ".pt2"
     path = Path(config.output) if config.output else checkpoint.with_name(f"model{suffix}")
     if path.suffix != suffix:
-        raise InputError(f"--output {path}: a file of --format {config.format} ends in {suffix}.")
-    model = load_model(checkpoint, CPU, amp=False, backend="torch")
+        raise InputError(f"--output {path}", f"a file of --format {config.format} ends in {suffix}")
+    if checkpoint.suffix == ".onnx":
+        raise InputError(checkpoint, "is an exported file already", "name the best.pt of a run")
+    model = load_model(checkpoint, CPU, amp=False)
     metadata = describe_checkpoint(checkpoint, model.checkpoint)
     in_channels = len(model.modalities) * (2 * model.context + 1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself, nothing a user could act on
+        warnings.simplefilter("ignore")  # torch warns about itself; a user cannot act on it
         program = trace_network(model.network, in_channels, model.size)
         (write_onnx if config.format == "onnx" else write_program)(program, metadata, path)
         kind = f"ONNX, opset {OPSET}" if config.format == "onnx" else "torch.export"
-        print(f"{path}: {kind}, slab (any N, {in_channels}, {model.size}, {model.size}), float32")
+        log.info("%s: %s, slab (any N, %d, %d, %d), float32", path, kind, in_channels, model.size, model.size)
         check_export(model, path, config, in_channels)
 
 

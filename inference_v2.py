@@ -3,31 +3,55 @@
     python inference_v2.py --checkpoint results/RUN/best.pt --input CASE_FOLDER [MORE ...]
     torchrun --nproc-per-node 2 -- inference_v2.py --input COHORT_FOLDER    the same, cases shared by ranks
 
-Writes one NIfTI mask a case (labels as in the case's layout, its affine and header; PNG masks for PNG cases),
-an overlay picture a case, and `volumes.csv`. While one case is computed, a thread reads the next and another
-writes the last. Masks are for research, not for clinical use.
+Writes one NIfTI mask per case (labels as in the case's layout, its affine and header; PNG masks for PNG
+cases), an overlay picture per case, and `volumes.csv`. While one case is computed, a thread reads the next
+and another writes the last. Masks are for research, not for clinical use.
 """
 
-import collections
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from backends_v2 import OnnxNetwork, compile_prepared, load_onnx, prepare_network
-from cases_v2 import Case, labels_from_regions, load_case, save_labels
-from dataset_balance_v2 import cases_of_split, read_split
-from distributed_v2 import (
+from audit.masks import postprocess, settings_of, threshold_regions
+from audit.overlays import plot_overlay
+from cohort.cases import Case, load_case, save_labels
+from cohort.labels import labels_from_regions
+from cohort.layouts import (
+    CaseSource,
+    Channel,
+    LayoutName,
+    cases_of_files,
+    find_cases,
+    find_cases_of_run,
+    log_cases,
+)
+from cohort.preprocess import (
+    BRAIN_SLICE_VOXELS,
+    fit_slices,
+    gather_slab,
+    normalise_volume,
+    place_slices,
+    unfit_slices,
+)
+from cohort.split import cases_of_split, read_split
+from model_drunet_v2 import build_network, prepare_network
+from runtime.checkpoints import load_checkpoint, load_weights, newest_run
+from runtime.command import Count, Share, run_command
+from runtime.errors import InputError
+from runtime.files import write_atomically
+from runtime.log import log, progress
+from runtime.machine import DeviceName, amp_dtype, choose_device
+from runtime.probe import Batch, compile_network, try_pass
+from runtime.ranks import (
     from_main,
     gather_shares,
     is_main,
@@ -36,35 +60,45 @@ from distributed_v2 import (
     share_of,
     with_one_voice,
 )
-from layouts_v2 import LayoutName, cases_of_files, describe_cases, find_cases, find_cases_of_run
-from model_drunet_v2 import DRUNetV2
-from plots_v2 import plot_overlay
-from postprocess_v2 import postprocess, settings_of
-from utils_v2 import (
-    InputError,
-    amp_dtype,
-    choose_device,
-    load_checkpoint,
-    newest_run,
-    option,
-    run_command,
-    set_seed,
-    write_atomically,
-)
-from volumes_v2 import (
-    BRAIN_SLICE_VOXELS,
-    Placement,
-    fit_slices,
-    gather_slab,
-    normalise_volume,
-    place_slices,
-    unfit_slices,
-)
+from runtime.threads import read_ahead, write_behind
 
 # Test-time augmentation: the axes of (..., H, W) each view flips. A flip is its own inverse.
 VIEWS: dict[str, tuple[int, ...]] = {"identity": (), "horizontal": (-1,), "vertical": (-2,)}
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Settings of the segmentation command."""
+
+    input: tuple[str, ...] = ()
+    """case folders, cohort folders or NIfTI files; default: the run's test cases"""
+    layout: LayoutName = "auto"
+    """how files are named and placed; auto detects it by what is there"""
+    slice_channel: Channel = 1
+    """channel of RGB slices that holds FLAIR: 0, 1 or 2"""
+    checkpoint: str | None = None
+    """best.pt of a run, or an ONNX file of export_v2.py; default: the newest run in results/"""
+    output: str = "predictions"
+    """folder to write to"""
+    tta: bool = True
+    """average identity, horizontal and vertical flip"""
+    threshold: Share | None = None
+    """probability from which a voxel is tumour; default: the checkpoint's"""
+    postprocess: bool = True
+    """clean the masks as chosen on validation, where the checkpoint says how"""
+    batch_size: Count = 16
+    """slabs per forward pass"""
+    device: DeviceName = "auto"
+    """where to compute"""
+    amp: bool = True
+    """mixed precision where the device has it"""
+    compile: bool = False
+    """compile the network first, half a minute or more: for many cases; where that fails, go on without"""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A trained network
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,26 +116,13 @@ class TrainedModel:
     checkpoint: dict[str, Any]  # as read, weights included
 
 
-def build_network(modalities: int, regions: int, context: int, widths: Sequence[int]) -> DRUNetV2:
-    """Return an untrained network for so many modalities and regions and 2 * context + 1 slices."""
-    return DRUNetV2(modalities * (2 * context + 1), regions, tuple(widths))
-
-
-def load_model(
-    path: str | Path,
-    device: torch.device,
-    amp: bool = True,
-    backend: Literal["auto", "torch", "onnx"] = "auto",
-) -> TrainedModel:
+def load_model(path: str | Path, device: torch.device, amp: bool = True) -> TrainedModel:
     """Read a checkpoint or an ONNX file into a network on `device`, ready to predict (`prepare_network`).
 
-    Backend auto takes onnx for a file that ends in .onnx. An ONNX network computes in float32. Raises
-    InputError where the file or its widths do not fit.
+    A file that ends in .onnx is run by onnxruntime, in float32. Raises InputError where the file cannot be
+    used or its weights do not fit its settings.
     """
     is_onnx = Path(path).suffix == ".onnx"
-    if backend != "auto" and is_onnx != (backend == "onnx"):
-        remedy = "leave --backend out" if is_onnx else "export it with export_v2.py first"
-        raise InputError(f"{path}: not a file for --backend {backend}; {remedy}.")
     if is_onnx:
         network, checkpoint = load_onnx(path, device)
         dtype = None
@@ -126,45 +147,14 @@ def load_model(
 def load_checkpoint_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a checkpoint as it was trained, float32 on the CPU, and the checkpoint."""
     checkpoint = load_checkpoint(Path(path))
-    config = checkpoint["config"]
-    network = build_network(
-        len(config["modalities"]), len(config["regions"]), config["context"], config["widths"]
-    )
+    network = build_network(checkpoint["config"])
     load_weights(network, checkpoint, path)
     return network.eval(), checkpoint
 
 
-def load_weights(network: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Copy a checkpoint's weights into a network; raises InputError where they do not fit its widths."""
-    try:
-        network.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        widths = "-".join(map(str, checkpoint["config"]["widths"]))
-        raise InputError(
-            f"{path}: the weights do not fit the network of its settings, widths {widths}; take another copy."
-        ) from error
-
-
-@torch.inference_mode()
-def predict_views(
-    model: TrainedModel,
-    volume: np.ndarray,
-    brain_voxels: Sequence[int] | None = None,
-    views: Sequence[str] = tuple(VIEWS),
-    batch_size: int = 16,
-) -> np.ndarray:
-    """Return the probabilities of each view (V, R, D, H, W) float32 on the volume's own grid.
-
-    `volume` is a normalised case (C, D, H, W). Slices with fewer than 64 of `brain_voxels` (D,) are not run
-    and get probability 0; None runs all. Every view is flipped back, so they are comparable voxel by voxel.
-    `batch_size` is the most slabs a forward pass, a view of a slice counting as one.
-    """
-    placement = place_slices(*volume.shape[2:], model.size)
-    probabilities = np.zeros((len(views), len(model.regions), *volume.shape[1:]), np.float32)
-    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
-        for view, of_view in zip(probabilities, output.cpu().numpy(), strict=True):
-            view[:, slices] = unfit_slices(of_view, placement).transpose(1, 0, 2, 3)
-    return probabilities
+# ------------------------------------------------------------------------------------------------------------
+# Prediction
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -177,15 +167,36 @@ def predict_volume(
 ) -> np.ndarray:
     """Return probabilities (R, D, H, W) float32 of a normalised volume (C, D, H, W), on its own grid.
 
-    With `tta` the mean over identity, horizontal and vertical flip, taken before anything leaves the device;
-    see `predict_views`.
+    Slices with fewer than 64 of `brain_voxels` (D,) are not run and get probability 0; None runs all. With
+    `tta` the result is the mean over identity, horizontal and vertical flip. `batch_size` is the largest
+    number of slabs per forward pass; each view of a slice is a slab.
     """
     views = tuple(VIEWS) if tta else ("identity",)
     placement = place_slices(*volume.shape[2:], model.size)
     probabilities = np.zeros((len(model.regions), *volume.shape[1:]), np.float32)
-    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
-        mean = output.mean(0).cpu().numpy()
+    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size):
+        mean = output.mean(0).cpu().numpy()  # taken before anything leaves the device
         probabilities[:, slices] = unfit_slices(mean, placement).transpose(1, 0, 2, 3)
+    return probabilities
+
+
+@torch.inference_mode()
+def predict_views(
+    model: TrainedModel,
+    volume: np.ndarray,
+    brain_voxels: Sequence[int] | None = None,
+    views: Sequence[str] = tuple(VIEWS),
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Return the probabilities of each view (V, R, D, H, W) float32; see `predict_volume`.
+
+    Every view is flipped back, so views are comparable voxel by voxel.
+    """
+    placement = place_slices(*volume.shape[2:], model.size)
+    probabilities = np.zeros((len(views), len(model.regions), *volume.shape[1:]), np.float32)
+    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size):
+        for view, of_view in zip(probabilities, output.cpu().numpy(), strict=True):
+            view[:, slices] = unfit_slices(of_view, placement).transpose(1, 0, 2, 3)
     return probabilities
 
 
@@ -195,130 +206,36 @@ def _predict_slices(
     brain_voxels: Sequence[int] | None,
     views: Sequence[str],
     batch_size: int,
-    placement: Placement,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield slice numbers and their probabilities (V, n, R, size, size) float32, on the model's device.
 
     Slabs are not cropped to the brain: squeeze-and-excitation weighs channels by means over the whole slab,
-    and a network trained on whole slabs knows no others. Cropped to the brain's box, at 0.4 of the work, a
-    briefly trained network's Dice on three phantoms fell from 0.77, 0.70, 0.86 to 0.46, 0.40, 0.70.
+    and a network trained on whole slabs knows no others. Cropping to the brain's box saves 0.6 of the work,
+    but a briefly trained network's Dice on three phantoms fell from 0.77, 0.70, 0.86 to 0.46, 0.40, 0.70.
     """
     depth = volume.shape[1]
-    wanted = [z for z in range(depth) if brain_voxels is None or brain_voxels[z] >= BRAIN_SLICE_VOXELS]
+    placement = place_slices(*volume.shape[2:], model.size)
+    with_brain = [z for z in range(depth) if brain_voxels is None or brain_voxels[z] >= BRAIN_SLICE_VOXELS]
     at_once = max(1, batch_size // len(views))
-    for start in range(0, len(wanted), at_once):
-        slices = wanted[start : start + at_once]
+    for start in range(0, len(with_brain), at_once):
+        slices = with_brain[start : start + at_once]
         # each slice is fitted once, not once for every slab it is in; only the volume's ends are repeated
         first, last = max(0, slices[0] - model.context), min(depth, slices[-1] + model.context + 1)
         fitted = fit_slices(volume[:, first:last].astype(np.float32), placement)
         slabs = np.stack([gather_slab(fitted, z - first, model.context) for z in slices])
         batch = torch.from_numpy(slabs).to(model.device)  # (n, C*K, S, S)
         batch = torch.cat([batch.flip(VIEWS[view]) for view in views])  # (V*n, C*K, S, S)
-        parts = batch.contiguous(memory_format=torch.channels_last).split(batch_size)
+        passes = batch.contiguous(memory_format=torch.channels_last).split(batch_size)
         with torch.autocast(model.device.type, model.dtype, enabled=model.dtype is not None):
-            logits = torch.cat([model.network(part) for part in parts])  # (V*n, R, S, S)
+            logits = torch.cat([model.network(slabs) for slabs in passes])  # (V*n, R, S, S)
         output = torch.sigmoid(logits.float()).unflatten(0, (len(views), -1))  # (V, n, R, S, S)
-        yield slices, torch.stack([part.flip(VIEWS[view]) for part, view in zip(output, views, strict=True)])
-
-
-def compile_model(model: TrainedModel, batch_size: int, tta: bool) -> TrainedModel:
-    """Return the model compiled for the passes of `predict_volume`, and print what came of it."""
-    if isinstance(model.network, OnnxNetwork):
-        raise InputError("--compile: an ONNX file is no torch network; leave it out, or name best.pt.")
-    views = len(VIEWS) if tta else 1
-    slabs = min(batch_size, max(1, batch_size // views) * views)  # all views of as many slices as fit
-    shape = (slabs, len(model.modalities) * (2 * model.context + 1), model.size, model.size)
-    network, line = compile_prepared(model.network, shape, model.device, model.dtype)
-    print(line)
-    return dataclasses.replace(model, network=network)
-
-
-def threshold_regions(
-    probabilities: np.ndarray, thresholds: Sequence[float], regions: Sequence[str]
-) -> np.ndarray:
-    """Return masks (R, D, H, W) bool: probability at or above the threshold, ET inside TC inside WT."""
-    masks = probabilities >= np.reshape(np.asarray(thresholds, probabilities.dtype), (-1, 1, 1, 1))
-    nested = [list(regions).index(region) for region in ("WT", "TC", "ET") if region in regions]
-    for outer, inner in itertools.pairwise(nested):
-        masks[inner] &= masks[outer]
-    return masks
+        flipped_back = [of_view.flip(VIEWS[view]) for of_view, view in zip(output, views, strict=True)]
+        yield slices, torch.stack(flipped_back)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Many cases: reading, computing and writing at once
+# Segmenting cases
 # ------------------------------------------------------------------------------------------------------------
-
-
-def read_ahead(items: Iterable[T], read: Callable[[T], Any], ahead: int = 1) -> Iterator[Any]:
-    """Yield read(item) for each item, in order, with the next `ahead` (1 or more) being read in a thread.
-
-    An error is raised where its item would have come; nothing is read after it.
-    """
-    waiting: collections.deque[Future[Any]] = collections.deque()
-    remaining = iter(items)
-    with ThreadPoolExecutor(1, "read") as pool:
-        try:
-            for item in itertools.islice(remaining, ahead):
-                waiting.append(pool.submit(read, item))
-            while waiting:
-                ready = waiting.popleft().result()
-                waiting.extend(pool.submit(read, item) for item in itertools.islice(remaining, 1))
-                yield ready
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def write_behind(jobs: Iterable[Callable[[], T]], behind: int = 1) -> Iterator[T]:
-    """Run each job in a thread while the next is being made, and yield the results in order.
-
-    At most `behind` jobs wait or run while the next is made, so that memory is bounded. A job's error is
-    raised here; the jobs handed over before an error of `jobs` itself are finished first.
-    """
-    running: collections.deque[Future[T]] = collections.deque()
-    with ThreadPoolExecutor(1, "write") as pool:
-        for job in jobs:
-            running.append(pool.submit(job))
-            if len(running) > behind:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Command: segment new cases
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InferenceConfig:
-    """Settings of the segmentation command."""
-
-    input: tuple[str, ...] = option(
-        (), "case folders, cohort folders or FLAIR files; default: the run's test cases"
-    )
-    checkpoint: str | None = option(
-        None, "best.pt of a run, or an ONNX file of export_v2.py; default: the newest run in results/"
-    )
-    backend: Literal["auto", "torch", "onnx"] = option(
-        "auto", "what computes; auto: onnx for a file that ends in .onnx"
-    )
-    output: str = option("predictions", "folder to write to")
-    tta: bool = option(True, "average identity, horizontal and vertical flip")
-    threshold: float | None = option(
-        None, "probability from which a voxel is tumour; default: the checkpoint's"
-    )
-    postprocess: bool = option(True, "clean the masks as chosen on validation, where the checkpoint says how")
-    batch_size: int = option(16, "slabs a forward pass")
-    layout: LayoutName = option("auto", "layout of the cases; auto tells it by what is there")
-    slice_channel: int = option(1, "channel of RGB slices that holds FLAIR")
-    device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
-    amp: bool = option(True, "mixed precision where the device has it")
-    compile: bool = option(
-        False,
-        "compile the network first, half a minute or more: for many cases; where that fails, go on without",
-    )
-    seed: int = option(0, "seed; prediction itself draws nothing")
 
 
 def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path) -> list[Case]:
@@ -326,9 +243,9 @@ def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path
     if not config.input:
         settings = model.checkpoint["config"]
         if "data_dir" not in settings:
-            raise InputError(f"{checkpoint}: an exported network knows no test cases; name some by --input.")
+            raise InputError(checkpoint, "an exported network knows no test cases", "name some by --input")
         data_dir = settings["data_dir"]
-        print(f"no --input: segmenting the held-out test cases of {data_dir}")
+        log.info("no --input: segmenting the held-out test cases of %s", data_dir)
         cases = find_cases_of_run(settings, data_dir)
         return cases_of_split(cases, read_split(checkpoint.parent / "split.json"), "test", data_dir)
     cases: list[Case] = []
@@ -336,11 +253,15 @@ def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path
         if Path(name).is_file():
             cases += cases_of_files([Path(name)], model.modalities)
         else:
-            cases += find_cases(name, model.modalities, config.slice_channel, config.layout)
+            cases += find_cases(
+                CaseSource(name, config.layout, slice_channel=config.slice_channel), model.modalities
+            )
     ids = [case.case_id for case in cases]
     if twice := [case_id for case_id in ids if ids.count(case_id) > 1]:
         raise InputError(
-            f"--input: case {twice[0]} is there twice and would be written over; segment them apart."
+            "--input",
+            f"case {twice[0]} occurs twice, and one would overwrite the other",
+            "segment them apart",
         )
     return cases
 
@@ -356,16 +277,16 @@ class ReadCase(NamedTuple):
 
 
 def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
-    """Read and normalise one case; the other modalities' raw intensities are let go."""
+    """Read and normalise one case; of the raw intensities only those of the first modality stay."""
     loaded = load_case(case, modalities)
-    volume, brain_voxels = normalise_volume(loaded.volume)
-    return ReadCase(case, volume, brain_voxels, loaded.volume[0].copy(), loaded.spacing_mm)
+    volume, brain = normalise_volume(loaded.volume)
+    return ReadCase(case, volume, brain.sum((1, 2)), loaded.volume[0].copy(), loaded.spacing_mm)
 
 
 def write_case(
     read: ReadCase, masks: np.ndarray, regions: Sequence[str], output: Path
 ) -> list[dict[str, Any]]:
-    """Write a case's labels and overlay; return its rows of volumes.csv, one a region."""
+    """Write a case's labels and overlay; return its rows of volumes.csv, one per region."""
     case = read.case
     written = save_labels(labels_from_regions(masks, regions, case.convention), case, output)
     overlay = output / f"{case.case_id}_overlay.png"
@@ -404,28 +325,115 @@ def main(config: InferenceConfig) -> None:
     Ranks share the cases; each writes the masks and overlays of its own, the main one the table of all.
     """
     join_ranks()
-    set_seed(config.seed)
-    if config.batch_size < 1:
-        raise InputError(f"--batch-size {config.batch_size} must be at least 1.")
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_run(Path("results")) / "best.pt"
     checkpoint = from_main(checkpoint)
-    model = load_model(checkpoint, local_device(choose_device(config.device)), config.amp, config.backend)
+    model = load_model(checkpoint, local_device(choose_device(config.device)), config.amp)
     cases = from_main(choose_inputs(config, model, checkpoint) if is_main() else None)
     if config.compile:
         model = compile_model(model, config.batch_size, config.tta)
-    mine = share_of(cases)
-    output = Path(config.output)
-    print("\n".join(describe_cases(cases)))
-    progress = tqdm(segment_cases(config, model, mine), desc="segmenting", unit="case", total=len(mine))
-    rows_by_case = gather_shares(list(progress))
+    log_cases(cases)
+    own_cases = share_of(cases)
+    segmented = segment_cases(config, model, own_cases)
+    rows_by_case = gather_shares(list(progress(segmented, "segmenting", "case", len(own_cases))))
     if not is_main():
         return
+    output = Path(config.output)
     table = pd.DataFrame([row for rows in rows_by_case for row in rows])
     write_atomically(output / "volumes.csv", lambda target: table.to_csv(target, index=False))
-    print(table.drop(columns="mask").to_string(index=False))
+    log.info("%s", table.drop(columns="mask").to_string(index=False))
     if model.checkpoint["data_kind"] == "phantom":
-        print("The network was trained on synthetic phantoms; its masks of real scans mean nothing.")
-    print(f"masks, overlays and volumes.csv are in {output}")
+        log.warning("the network was trained on synthetic phantoms; its masks of real scans mean nothing")
+    log.info("masks, overlays and volumes.csv are in %s", output)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Compiled and exported networks
+# ------------------------------------------------------------------------------------------------------------
+
+ONNX_FORMAT = "drunet-v2-onnx/1"
+
+
+class FixedBatch(nn.Module):
+    """A network that always sees one batch size, filled up with zeros: torch compiles again for another."""
+
+    def __init__(self, network: nn.Module, batch_size: int) -> None:
+        super().__init__()
+        self.network = network
+        self.batch_size = batch_size
+
+    def forward(self, slab: Tensor) -> Tensor:
+        """Return the logits of at most `batch_size` slabs."""
+        free = self.batch_size - len(slab)
+        if free:
+            slab = torch.cat([slab, slab.new_zeros(free, *slab.shape[1:])])
+            slab = slab.contiguous(memory_format=torch.channels_last)
+        return self.network(slab)[: self.batch_size - free]
+
+
+def compile_model(model: TrainedModel, batch_size: int, tta: bool) -> TrainedModel:
+    """Return the model compiled for the passes of `predict_volume`; where that fails, as it is."""
+    if isinstance(model.network, OnnxNetwork):
+        raise InputError("--compile", "an ONNX file is no torch network", "leave it out, or name best.pt")
+    views = len(VIEWS) if tta else 1
+    slabs = min(batch_size, max(1, batch_size // views) * views)  # all views of as many slices as fit
+    shape = (slabs, len(model.modalities) * (2 * model.context + 1), model.size, model.size)
+    batch = Batch(shape, model.device, model.dtype)
+    compiled = compile_network(model.network, functools.partial(try_pass, batch=batch), freeze=True)
+    is_compiled = compiled is not model.network
+    return dataclasses.replace(model, network=FixedBatch(compiled, slabs)) if is_compiled else model
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file in place of the network: slabs (N, C*K, S, S) in, logits (N, R, S, S) out."""
+
+    def __init__(self, session: Any) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, slab: Tensor) -> Tensor:
+        """Return the logits of a batch of slabs, in float32 on the CPU."""
+        (logits,) = self.session.run(["logits"], {"slab": slab.float().cpu().contiguous().numpy()})
+        return torch.from_numpy(logits)
+
+
+def load_onnx(path: str | Path, device: torch.device) -> tuple[OnnxNetwork, dict[str, Any]]:
+    """Return an exported network and its metadata; see export_v2 for what that holds.
+
+    Runs on CUDA where `device` is a CUDA device and onnxruntime has it, on the CPU elsewhere. Raises
+    InputError where onnxruntime is missing, or the file is missing, damaged or not of export_v2.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(
+            path, "an ONNX file needs the package onnxruntime", "pip install onnxruntime"
+        ) from error
+    if not Path(path).is_file():
+        raise InputError(path, "no such file", "write one with export_v2.py")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, _choose_providers(onnxruntime, device))
+    except Exception as error:
+        # onnxruntime raises a dozen types of its own for a file that is foreign or cut short
+        raise InputError(
+            path, f"not a readable ONNX file ({type(error).__name__})", "export it again"
+        ) from error
+    properties = session.get_modelmeta().custom_metadata_map
+    if properties.get("format") != ONNX_FORMAT:
+        raise InputError(path, "not a network of this project", "write one with export_v2.py")
+    return OnnxNetwork(session), {
+        name: json.loads(value) for name, value in properties.items() if name != "format"
+    }
+
+
+def _choose_providers(onnxruntime: Any, device: torch.device) -> list[str | tuple[str, dict[str, int]]]:
+    providers = onnxruntime.get_available_providers()
+    if device.type == "cuda" and "CUDAExecutionProvider" in providers:
+        card = {"device_id": device.index or 0}  # else all ranks would take the first
+        return [("CUDAExecutionProvider", card), "CPUExecutionProvider"]
+    return ["CPUExecutionProvider"]
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 U-Net: Ronneberger et al. 2015 (arXiv 1505.04597). Residual blocks: He et al. 2016 (arXiv 1603.05027 and
 1512.03385). Dilation: Yu and Koltun 2016 (arXiv 1511.07122). Squeeze-and-excitation: Hu et al. 2018 (arXiv
-1709.01507). Attention gates: Oktay et al. 2018 (arXiv 1804.03999). A decoder lighter than the encoder, one 3
-x 3 convolution a level, follows the residual-encoder nnU-Net: Isensee et al. 2024 (arXiv 2404.09556).
+1709.01507). Attention gates: Oktay et al. 2018 (arXiv 1804.03999). A decoder lighter than the encoder, with
+one 3 x 3 convolution per level, follows the residual-encoder nnU-Net: Isensee et al. 2024 (arXiv 2404.09556).
 
 Run as a command it prints parameters, GFLOP per slab and activation memory:
 
@@ -14,102 +14,34 @@ Run as a command it prints parameters, GFLOP per slab and activation memory:
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from utils_v2 import InputError, option, run_command
+from runtime.command import Count, run_command
+from runtime.errors import InputError
+from runtime.log import log
 
 WIDTHS = (64, 128, 256, 512, 1024)
+Shape = tuple[int, int, int, int]  # N, C*K, H, W
+SWITCHES = ("use_se", "use_attention", "dilated", "residual")  # parts that an ablation switches off
+
+# the formatter would move the shapes out of their column
+# fmt: off
 
 
 def conv3x3(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Conv2d:
-    """Return a 3 x 3 convolution that keeps H and W; its bias would be undone by the norm that follows."""
+    """Return a 3 x 3 convolution that keeps H and W, without a bias: the norm that follows would undo it."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False)
-
-
-class _ChannelMean(torch.autograd.Function):
-    """Mean over H and W, keeping them as 1; `sum` is several times as fast as `mean` on a CPU.
-
-    The gradient comes in the map's own memory layout. Autograd's own would be channels first, and adding it
-    to a gradient that is channels last takes 15 times as long.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        ctx.layout = layout_of(x)
-        if x.dtype == torch.float16:  # whose largest number, 65504, a sum may pass
-            return x.mean((2, 3), keepdim=True)
-        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
-        return mean.to(x.dtype)  # autocast on CUDA sums to float32, and so would the gradient of the map be
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        share = gradient / (ctx.shape[2] * ctx.shape[3])
-        return share.expand(ctx.shape).contiguous(memory_format=ctx.layout)
-
-
-class _AddWeighted(torch.autograd.Function):
-    """base + x * weight, the weight per channel (N, C, 1, 1) or per pixel (N, 1, H, W).
-
-    The gradients take a pass less than those of `addcmul`, which multiplies x by 1 first.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.addcmul(base, x, spread_weight(weight, x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return gradient, gradient * spread_weight(weight, x), (gradient * x).sum_to_size(weight.shape)
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format of a map (N, C, H, W), channels last where both fit."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def spread_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """Return a weight that broadcasts to x fast: on a CPU, for few channels, one that is as large as x.
-
-    A weight per pixel makes a loop of its own of each pixel there, and that shorter than a vector register.
-    """
-    if x.device.type == "cpu" and weight.shape[1] == 1 and x.shape[1] < 32:
-        return weight.expand(x.shape).contiguous(memory_format=layout_of(x))
-    return weight
-
-
-def add_weighted(base: Tensor | None, x: Tensor, weight: Tensor | None) -> Tensor:
-    """Return base + weight * x, without a map of weight * x; None stands for a base of 0 or a weight of 1."""
-    if base is None:
-        return x if weight is None else x * weight
-    return base + x if weight is None else _AddWeighted.apply(base, x, weight)
-
-
-class SqueezeExcitation(nn.Module):
-    """Judge each channel by the means of all: x (N, C, H, W) -> weights in 0..1 (N, C, 1, 1)."""
-
-    def __init__(self, channels: int, reduction: int = 16) -> None:
-        super().__init__()
-        hidden = max(4, channels // reduction)
-        self.squeeze = nn.Conv2d(channels, hidden, 1)
-        self.excite = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the weights x is to be multiplied by."""
-        hidden = F.relu(self.squeeze(_ChannelMean.apply(x)))  # (N, C/16, 1, 1)
-        return torch.sigmoid(self.excite(hidden))  # (N, C, 1, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -123,33 +55,45 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for index, dilation in enumerate(dilations):
-            layers += [nn.ReLU(inplace=True)] if index else []
-            layers += [conv3x3(in_channels if index == 0 else out_channels, out_channels, dilation)]
-            layers += [nn.BatchNorm2d(out_channels)]
-        self.convolutions = nn.Sequential(*layers)
+        inputs = (in_channels, *[out_channels] * (len(dilations) - 1))
+        for channels, dilation in zip(inputs, dilations, strict=True):
+            layers += [conv3x3(channels, out_channels, dilation), nn.BatchNorm2d(out_channels)]
+            layers += [nn.ReLU(inplace=True)]
+        self.convolutions = nn.Sequential(*layers[:-1])  # the last ReLU follows the sum
         self.se = SqueezeExcitation(out_channels) if use_se else None
-        self.shortcut: nn.Module | None = None
-        if residual and in_channels == out_channels:
-            self.shortcut = nn.Identity()
-        elif residual:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
-            )
+        self.shortcut: nn.Module | None = nn.Identity() if residual else None
+        if residual and in_channels != out_channels:
+            convolution = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output after its last ReLU."""
-        y = self.convolutions(x)  # (N, out, H, W)
-        weight = self.se(y) if self.se is not None else None  # (N, out, 1, 1)
-        base = self.shortcut(x) if self.shortcut is not None else None  # (N, out, H, W)
-        return F.relu(add_weighted(base, y, weight), inplace=True)
+        y = self.convolutions(x)                                              # (N, out, H, W)
+        weight = self.se(y) if self.se is not None else None                  # (N, out, 1, 1)
+        base = self.shortcut(x) if self.shortcut is not None else None        # (N, out, H, W)
+        return F.relu(add_weighted(base, y, weight), inplace=True)            # (N, out, H, W)
+
+
+class SqueezeExcitation(nn.Module):
+    """Judge each channel by the means of all: x (N, C, H, W) -> weights in 0..1 (N, C, 1, 1)."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(4, channels // reduction)
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.excite = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the weights by which x is to be multiplied."""
+        hidden = F.relu(self.squeeze(_ChannelMean.apply(x)))                  # (N, C/16, 1, 1)
+        return torch.sigmoid(self.excite(hidden))                             # (N, C, 1, 1)
 
 
 class AttentionGate(nn.Module):
     """Judge each pixel of a skip from the skip and the coarser decoder features below it.
 
-    skip (N, C, H, W), below (N, G, H/2, W/2) -> weights in 0..1 (N, 1, H, W). The judgement is made at the
-    coarse resolution, where it costs a quarter, and upsampled.
+    skip (N, C, H, W), below (N, G, H/2, W/2) -> weights in 0..1 (N, 1, H, W). The gate judges at the coarse
+    resolution, at a quarter of the cost, and its weights are upsampled.
     """
 
     def __init__(self, skip_channels: int, below_channels: int) -> None:
@@ -160,19 +104,19 @@ class AttentionGate(nn.Module):
         self.judge = nn.Conv2d(hidden, 1, 1)
 
     def forward(self, skip: Tensor, below: Tensor) -> Tensor:
-        """Return the weights the skip is to be multiplied by."""
-        joint = F.relu(self.from_skip(skip) + self.from_below(below))  # (N, C/2, H/2, W/2)
-        weight = torch.sigmoid(self.judge(joint))  # (N, 1, H/2, W/2)
-        return F.interpolate(weight, scale_factor=2.0, mode="bilinear")  # (N, 1, H, W)
+        """Return the weights by which the skip is to be multiplied."""
+        joint = F.relu(self.from_skip(skip) + self.from_below(below))         # (N, C/2, H/2, W/2)
+        weight = torch.sigmoid(self.judge(joint))                             # (N, 1, H/2, W/2)
+        return F.interpolate(weight, scale_factor=2.0, mode="bilinear")       # (N, 1, H, W)
 
 
 class DecoderLevel(nn.Module):
     """Join the features below with the gated skip and refine them.
 
-    below (N, 2C, H/2, W/2), skip (N, C, H, W) -> (N, C, H, W). The usual join is a 1 x 1 convolution of the
-    upsampled and the gated map, concatenated. Here it is a sum of two, each moved to where it is cheap: a 1 x
-    1 convolution commutes with bilinear upsampling, so it runs at the coarse resolution, and with the gate's
-    weight per pixel, so gating and adding are one pass.
+    below (N, G, H/2, W/2), skip (N, C, H, W) -> (N, C, H, W). The usual join upsamples the features, gates
+    the skip, concatenates both and applies a 1 x 1 convolution. That is the sum of two 1 x 1 convolutions,
+    and each of them runs where it is cheap: it commutes with bilinear upsampling, so one runs at the coarse
+    resolution; it commutes with the gate's weight per pixel, so gating and adding are one pass.
     """
 
     def __init__(
@@ -187,27 +131,11 @@ class DecoderLevel(nn.Module):
 
     def forward(self, below: Tensor, skip: Tensor) -> Tensor:
         """Return the level's output."""
-        up = F.interpolate(self.from_below(below), scale_factor=2.0, mode="bilinear")  # (N, C, H, W)
-        weight = self.gate(skip, below) if self.gate is not None else None  # (N, 1, H, W)
-        x = add_weighted(up, self.from_skip(skip), weight)  # (N, C, H, W)
-        return self.refine(F.relu(self.norm(x), inplace=True))  # (N, C, H, W)
-
-
-@contextlib.contextmanager
-def pause_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norm update copies of its running statistics: this forward pass repeats an earlier one."""
-    kept = [
-        (owner, name, buffer)
-        for owner in module.modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-    ]
-    for owner, name, buffer in kept:
-        setattr(owner, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for owner, name, buffer in kept:
-            setattr(owner, name, buffer)
+        up = self.from_below(below)                                           # (N, C, H/2, W/2)
+        up = F.interpolate(up, scale_factor=2.0, mode="bilinear")             # (N, C, H, W)
+        weight = self.gate(skip, below) if self.gate is not None else None    # (N, 1, H, W)
+        x = add_weighted(up, self.from_skip(skip), weight)                    # (N, C, H, W)
+        return self.refine(F.relu(self.norm(x), inplace=True))                # (N, C, H, W)
 
 
 class DRUNetV2(nn.Module):
@@ -215,20 +143,14 @@ class DRUNetV2(nn.Module):
 
     `widths` are the filters of each level, the last one the bottleneck. H and W must be multiples of 2 **
     (levels - 1), 16 by default; ValueError otherwise. `use_se`, `use_attention`, `dilated` and `residual`
-    switch off one part each, for ablations. With the attribute `checkpointing` on, a training step keeps the
-    levels' outputs alone and computes what is between them anew in the backward pass (Chen et al. 2016, arXiv
+    each switch one part off, for ablations. With the attribute `checkpointing` on, a training step keeps only
+    the levels' outputs and computes what is between them again in the backward pass (Chen et al. 2016, arXiv
     1604.06174): the same function and gradients in less memory and more time.
     """
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        num_regions: int = 1,
-        widths: Sequence[int] = WIDTHS,
-        use_se: bool = True,
-        use_attention: bool = True,
-        dilated: bool = True,
-        residual: bool = True,
+        self, in_channels: int = 3, num_regions: int = 1, widths: Sequence[int] = WIDTHS,
+        use_se: bool = True, use_attention: bool = True, dilated: bool = True, residual: bool = True,
     ) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
@@ -239,15 +161,10 @@ class DRUNetV2(nn.Module):
         self.multiple = 2 ** (len(widths) - 1)
         self.checkpointing = False
         dilations = (1, 2) if dilated else (1, 1)
-        inputs = (in_channels, *widths[:-1])
-        self.encoder = nn.ModuleList(
-            ResidualBlock(before, width, dilations, use_se, residual)
-            for before, width in zip(inputs, widths, strict=True)
-        )
-        self.decoder = nn.ModuleList(
-            DecoderLevel(below, width, use_attention, use_se, residual)
-            for width, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
-        )
+        down = zip((in_channels, *widths[:-1]), widths, strict=True)          # (3, 64) ... (512, 1024)
+        up = zip(widths[:0:-1], widths[-2::-1], strict=True)                  # (1024, 512) ... (128, 64)
+        self.encoder = nn.ModuleList(ResidualBlock(*step, dilations, use_se, residual) for step in down)
+        self.decoder = nn.ModuleList(DecoderLevel(*step, use_attention, use_se, residual) for step in up)
         self.head = nn.Conv2d(widths[0], num_regions, 1)
         self.reset_parameters()
 
@@ -262,38 +179,180 @@ class DRUNetV2(nn.Module):
         nn.init.constant_(self.head.bias, -2.94)
 
     def forward(self, slab: Tensor) -> Tensor:
-        """Return the logits of a batch of slabs."""
-        if slab.ndim != 4 or slab.shape[1] != self.in_channels:
-            raise ValueError(
-                f"slabs of shape (N, {self.in_channels}, H, W) are needed, got {tuple(slab.shape)}"
-            )
-        if slab.shape[2] % self.multiple or slab.shape[3] % self.multiple:
-            raise ValueError(f"H and W must be multiples of {self.multiple}, got {tuple(slab.shape[2:])}")
+        """Return the logits of a batch of slabs; the filters beside it are those of the default widths."""
+        self.check_shape(slab)
         skips = []
-        x = self.run_level(self.encoder[0], slab)  # (N, 64, H, W)
+        x = self.run_level(self.encoder[0], slab)                             # (N, 64, H, W)
         for level in self.encoder[1:]:
             skips.append(x)
-            x = self.run_level(level, x, pooled=True)  # (N, 128, H/2, W/2) ... (N, 1024, H/16, W/16)
+            x = self.run_level(level, x, pooled=True)                         # (N, 128..1024, H/2..H/16, ...)
         for level in self.decoder:
-            x = self.run_level(level, x, skips.pop())  # (N, 512, H/8, W/8) ... (N, 64, H, W)
-        return self.head(x)  # (N, R, H, W)
+            x = self.run_level(level, x, skips.pop())                         # (N, 512..64, H/8..H, ...)
+        return self.head(x)                                                   # (N, R, H, W)
+
+    def check_shape(self, slab: Tensor) -> None:
+        """Raise ValueError where a batch of slabs does not fit the network."""
+        if slab.ndim != 4 or slab.shape[1] != self.in_channels:
+            raise ValueError(f"slabs of shape (N, {self.in_channels}, H, W) needed, got {tuple(slab.shape)}")
+        if slab.shape[2] % self.multiple or slab.shape[3] % self.multiple:
+            raise ValueError(f"H and W must be multiples of {self.multiple}, got {tuple(slab.shape[2:])}")
 
     def run_level(self, level: nn.Module, x: Tensor, *skip: Tensor, pooled: bool = False) -> Tensor:
-        """Return a level's output, x max-pooled before it where `pooled` says so."""
+        """Return a level's output; with `pooled` x is max-pooled first."""
 
         def run(x: Tensor, *skip: Tensor) -> Tensor:
             return level(F.max_pool2d(x, 2) if pooled else x, *skip)
 
-        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
-            return run(x, *skip)
-        return checkpoint(
-            run,
-            x,
-            *skip,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing in a level is drawn
-            context_fn=lambda: (contextlib.nullcontext(), pause_statistics(level)),
-        )
+        is_checkpointed = self.checkpointing and self.training and torch.is_grad_enabled()
+        return run_checkpointed(level, run, x, *skip) if is_checkpointed else run(x, *skip)
+
+
+def build_network(settings: Mapping[str, Any]) -> DRUNetV2:
+    """Return an untrained network for the settings of a run; ValueError where they make none.
+
+    Settings hold `modalities`, `regions`, `context` (slices on each side of the one segmented) and `widths`.
+    Of the switches `use_se`, `use_attention`, `dilated` and `residual`, one that is missing is on.
+    """
+    in_channels = len(settings["modalities"]) * (2 * settings["context"] + 1)
+    switches = {name: settings.get(name, True) for name in SWITCHES}
+    return DRUNetV2(in_channels, len(settings["regions"]), tuple(settings["widths"]), **switches)
+
+
+# fmt: on
+
+# ------------------------------------------------------------------------------------------------------------
+# Fast paths: the same numbers in less time or memory
+# ------------------------------------------------------------------------------------------------------------
+
+
+class _ChannelMean(torch.autograd.Function):
+    """Mean over H and W, keeping them as 1; `sum` is several times as fast as `mean` on a CPU.
+
+    The gradient has the map's own memory layout. Autograd's own would be channels first, and adding that to
+    a gradient that is channels last takes 15 times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        ctx.layout = layout_of(x)
+        if x.dtype == torch.float16:  # a sum could exceed its largest number, 65504
+            return x.mean((2, 3), keepdim=True)
+        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        return mean.to(x.dtype)  # autocast on CUDA sums to float32; the map's gradient would be float32 too
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        share = gradient / (ctx.shape[2] * ctx.shape[3])
+        return share.expand(ctx.shape).contiguous(memory_format=ctx.layout)
+
+
+class _AddWeighted(torch.autograd.Function):
+    """base + x * weight, the weight per channel (N, C, 1, 1) or per pixel (N, 1, H, W).
+
+    Its gradients take one pass fewer than those of `addcmul`, which multiplies x by 1 first.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.addcmul(base, x, spread_weight(weight, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient, gradient * spread_weight(weight, x), (gradient * x).sum_to_size(weight.shape)
+
+
+def add_weighted(base: Tensor | None, x: Tensor, weight: Tensor | None) -> Tensor:
+    """Return base + weight * x, without a map of weight * x; None stands for a base of 0 or a weight of 1."""
+    if base is None:
+        return x if weight is None else x * weight
+    return base + x if weight is None else _AddWeighted.apply(base, x, weight)
+
+
+def spread_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a weight that broadcasts to x fast: on a CPU, for few channels, one that is as large as x.
+
+    There a weight per pixel would start a loop for each pixel, one that is shorter than a vector register.
+    """
+    if x.device.type == "cpu" and weight.shape[1] == 1 and x.shape[1] < 32:
+        return weight.expand(x.shape).contiguous(memory_format=layout_of(x))
+    return weight
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Return the memory format of a map (N, C, H, W), channels last where both fit."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def run_checkpointed(level: nn.Module, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return run(*inputs) and keep the inputs alone for the backward pass; `run` calls `level`."""
+    return checkpoint(
+        run,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,  # a level draws no random numbers
+        context_fn=lambda: (contextlib.nullcontext(), pause_statistics(level)),
+    )
+
+
+@contextlib.contextmanager
+def pause_statistics(module: nn.Module) -> Iterator[None]:
+    """Let batch norm update copies of its running statistics: this forward pass repeats an earlier one."""
+    buffers = [(owner, *named) for owner in module.modules() for named in owner.named_buffers(recurse=False)]
+    for owner, name, buffer in buffers:
+        setattr(owner, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for owner, name, buffer in buffers:
+            setattr(owner, name, buffer)
+
+
+def prepare_network(network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """Return a copy of a network for inference: batch norm folded, channels last, weights kept in `dtype`.
+
+    Autocast would cast the weights again in every forward pass. None is float32. The copy does not follow
+    later changes of the network.
+    """
+    ready = fold_batch_norm(network).requires_grad_(False)
+    return ready.to(device, dtype or torch.float32, memory_format=torch.channels_last)
+
+
+def fold_batch_norm(network: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode whose batch norms are folded into the convolutions before them.
+
+    In evaluation mode a batch norm is s * x + t per channel. After a convolution, s goes into its weight and
+    t into its bias. A decoder level norms the sum of two maps: s goes into both convolutions, t into one.
+    """
+    folded = copy.deepcopy(network).eval()
+    for module in list(folded.modules()):
+        if isinstance(module, nn.Sequential):
+            _fold_sequence(module)
+        elif isinstance(module, DecoderLevel):
+            _fold_join(module)
+    return folded
+
+
+def _fold_sequence(layers: nn.Sequential) -> None:
+    for index in range(len(layers) - 1):
+        if isinstance(layers[index], nn.Conv2d) and isinstance(layers[index + 1], _BatchNorm):
+            layers[index] = fuse_conv_bn_eval(layers[index], layers[index + 1])
+            layers[index + 1] = nn.Identity()
+
+
+def _fold_join(level: DecoderLevel) -> None:
+    if not isinstance(level.norm, _BatchNorm):
+        return
+    # bilinear upsampling keeps the constant t, the gate would not: t goes below, not to the skip
+    level.from_below = fuse_conv_bn_eval(level.from_below, level.norm)
+    level.from_skip = fuse_conv_bn_eval(level.from_skip, level.norm)
+    level.from_skip.bias = None
+    level.norm = nn.Identity()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -306,10 +365,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def count_flops(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
-    """Return the floating-point operations of a forward pass on `shape`, a multiply-add counting as two.
+def count_flops(model: nn.Module, shape: Shape) -> int:
+    """Return the floating-point operations of a forward pass on `shape`; a multiply-add counts as two.
 
-    Counted by torch on the convolutions that run; norms, activations and interpolation are left out.
+    torch counts them on the convolutions that run; norms, activations and interpolation are left out.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -320,19 +379,19 @@ def count_flops(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
 
 
 def measure_activation_bytes(
-    model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype | None = torch.bfloat16
+    model: nn.Module, shape: Shape, dtype: torch.dtype | None = torch.bfloat16
 ) -> int:
     """Return the bytes autograd keeps between forward and backward pass of a training step on `shape`.
 
     Exact for autocast to `dtype` (None is float32): every storage that the saved-tensor hooks see, once, in
     its own type. The 16-bit copies that autocast makes of the weights count, the weights do not. Weights and
-    running statistics stay as they are; what checkpointing recomputes later is not in it.
+    running statistics stay as they are. What checkpointing recomputes later does not count.
     """
     device = next(model.parameters()).device
-    kept: dict[int, Tensor] = {}  # by the storage's address; the tensor stays, so it is not used anew
+    saved: dict[int, Tensor] = {}  # by the storage's address; as the tensor lives, no other gets the address
 
     def remember(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
         return tensor
 
     was_training = model.training
@@ -344,20 +403,17 @@ def measure_activation_bytes(
         torch.autocast(device.type, dtype, enabled=dtype is not None),
     ):
         model(slab)
-        known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     model.train(was_training)
-    return sum(kept[address].untyped_storage().nbytes() for address in kept.keys() - known)
+    return sum(saved[address].untyped_storage().nbytes() for address in saved.keys() - own)
 
 
 def estimate_activation_bytes(
-    model: nn.Module,
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype | None = torch.bfloat16,
-    side: int = 32,
+    model: nn.Module, shape: Shape, dtype: torch.dtype | None = torch.bfloat16, side: int = 32
 ) -> int:
-    """Return `measure_activation_bytes` on `shape` from three small steps on side x side pixels and on twice.
+    """Return `measure_activation_bytes` on `shape`, from three small steps of `side` or 2 * `side` pixels.
 
-    Exact, as a convolutional network keeps so much once, so much a slab and so much a pixel of each slab.
+    Exact, as a convolutional network keeps a fixed amount, an amount per slab and an amount per pixel.
     """
     slabs, channels, height, width = shape
     small, larger, more = (
@@ -366,49 +422,60 @@ def estimate_activation_bytes(
     )
     per_pixel = (larger - small) / (2 * 3 * side**2)
     per_slab = more - small - per_pixel * side**2
-    once = small - 2 * per_slab - 2 * per_pixel * side**2
-    return round(once + slabs * (per_slab + per_pixel * height * width))
+    fixed = small - 2 * per_slab - 2 * per_pixel * side**2
+    return round(fixed + slabs * (per_slab + per_pixel * height * width))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command: show size and cost
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Settings of the model report."""
 
-    in_channels: int = option(3, "channels of a slab: modalities times slices")
-    num_regions: int = option(1, "regions, one logit map each")
-    widths: tuple[int, ...] = option(WIDTHS, "filters per level, the last is the bottleneck")
-    size: int = option(256, "height and width of a slab")
-    use_se: bool = option(True, "squeeze-and-excitation in every residual block")
-    use_attention: bool = option(True, "attention gates on the skips")
-    dilated: bool = option(True, "dilation in the encoder")
-    residual: bool = option(True, "residual connections in the blocks")
+    in_channels: Count = 3
+    """channels of a slab: modalities times slices"""
+    num_regions: Count = 1
+    """regions, one logit map each"""
+    widths: tuple[Count, ...] = WIDTHS
+    """filters per level, the last is the bottleneck"""
+    size: Count = 256
+    """height and width of a slab"""
+    use_se: bool = True
+    """squeeze-and-excitation in every residual block"""
+    use_attention: bool = True
+    """attention gates on the skips"""
+    dilated: bool = True
+    """dilation in the encoder"""
+    residual: bool = True
+    """residual connections in the blocks"""
 
 
 def main(config: ModelConfig) -> None:
-    """Print the network's size and cost."""
-    if config.size < 1:
-        raise InputError(f"--size {config.size} must be positive.")
-    parts = (config.use_se, config.use_attention, config.dilated, config.residual)
+    """Show the network's size and cost."""
+    switches = {name: getattr(config, name) for name in SWITCHES}
+    shape = (1, config.in_channels, config.size, config.size)
     try:
-        model = DRUNetV2(config.in_channels, config.num_regions, config.widths, *parts)
-        shape = (1, config.in_channels, config.size, config.size)
+        model = DRUNetV2(config.in_channels, config.num_regions, config.widths, **switches)
         flops = count_flops(model, shape)
     except ValueError as error:
-        raise InputError(f"{error}; change --widths or --size.") from error
-    kept = []
+        raise InputError("--widths", str(error), "change --widths or --size") from error
+    saved = []
     for model.checkpointing in (False, True):
-        kept.append(estimate_activation_bytes(model, (16, *shape[1:]), side=2 * model.multiple) / 2**30)
+        saved.append(estimate_activation_bytes(model, (16, *shape[1:]), side=2 * model.multiple) / 2**30)
     model.checkpointing = False
     with torch.no_grad():
         output = model(torch.zeros(2, *shape[1:])).shape
-    print(f"DRUNetV2, widths {'-'.join(map(str, config.widths))}, input {shape[1:]}")
-    print(f"parameters           {count_parameters(model) / 1e6:.2f} million")
-    print(f"forward pass         {flops / 1e9:.1f} GFLOP per slab (a multiply-add is 2)")
-    print(
-        f"saved activations    {kept[0]:.2f} GiB for the backward pass, batch 16, bfloat16 "
-        f"({kept[1]:.2f} with --checkpointing)"
+    log.info("DRUNetV2, widths %s, input %s", "-".join(map(str, config.widths)), shape[1:])
+    log.info("parameters           %.2f million", count_parameters(model) / 1e6)
+    log.info("forward pass         %.1f GFLOP per slab (a multiply-add is 2)", flops / 1e9)
+    log.info(
+        "saved activations    %.2f GiB for the backward pass, batch 16, bfloat16 (%.2f with --checkpointing)",
+        *saved,
     )
-    print(f"output               (N, {', '.join(map(str, output[1:]))})")
+    log.info("output               (N, %s)", ", ".join(map(str, output[1:])))
 
 
 if __name__ == "__main__":

@@ -3,231 +3,230 @@
     python train_drunet_v2.py                                the demo: phantoms, minutes on a CPU
     python train_drunet_v2.py --data-dir data/BraTS2021      the real thing
     python train_drunet_v2.py --resume results/RUN           go on where a run stopped
+    python train_drunet_v2.py --config results/RUN/config.json    a new run with the settings of another
     torchrun --nproc-per-node 2 -- train_drunet_v2.py ...    the same on two GPUs, --batch-size on each
 
 A run is a folder in results/ that explains itself; results/README.md says what it holds.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+import tyro
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from backends_v2 import prepare_network
-from cache_v2 import PreparedCase, prepare_by_shares
-from cases_v2 import Case
-from dataset_balance_v2 import (
-    BalancedSampler,
-    SlabDataset,
-    balance_slices,
-    cases_of_split,
-    make_train_loader,
-    slice_table,
-    warn_of_crop,
-)
-from distributed_v2 import (
-    average_buffers,
-    from_main,
-    gather_shares,
-    is_main,
-    join_ranks,
-    keep_gradients,
-    local_device,
-    rank,
-    share_batchnorm,
-    share_of,
-    sum_counts,
-    sum_over_ranks,
-    with_one_voice,
-    world_size,
-    wrap_network,
-)
-from inference_v2 import (
-    TrainedModel,
-    build_network,
-    load_model,
-    load_weights,
-    predict_volume,
-    threshold_regions,
-)
-from leakage_v2 import check_parts, identify_cases, pack_identities
-from model_drunet_v2 import count_parameters
-from postprocess_v2 import choose_postprocessing, crop_case, describe_postprocessing
-from probe_v2 import compile_network, probe_memory
-from run_v2 import Clock, Log, TrainConfig, choose_data, prepare_config
-from utils_v2 import (
-    THRESHOLDS,
-    HybridFocalDiceLoss,
-    InputError,
-    amp_dtype,
-    choose_device,
-    command_line,
-    describe_machine,
-    describe_versions,
-    dice_from_counts,
-    load_checkpoint,
-    overlap_at_thresholds,
-    peak_memory_gb,
-    run_command,
-    save_checkpoint,
-    set_seed,
-    write_json,
-)
+import dataset_balance_v2 as dataset
+import inference_v2 as inference
+import model_drunet_v2 as model
+from audit import masks, overlays, plots
+from cohort import cache, leakage, phantom, selection
+from cohort.selection import TrainingSource
+from cohort.split import SPLIT_PARTS
+from runtime import checkpoints, command, files, machine, probe, ranks
+from runtime.command import Count, CountOrNone, Decay, NotNegative, Positive, Seed, Share
+from runtime.errors import InputError
+from runtime.log import log, log_to_file, progress
+from runtime.state import Clock, Recipe, TrainState, start_state
+from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
 
 # ------------------------------------------------------------------------------------------------------------
-# Training state
+# Settings
 # ------------------------------------------------------------------------------------------------------------
 
 
-class WeightAverage:
-    """Exponential moving average of a network's weights and buffers, held in a copy of the network."""
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; the defaults are those of the published method."""
 
-    def __init__(self, network: nn.Module, copy: nn.Module, decay: float) -> None:
-        self.network = network
-        self.copy = copy
-        self.decay = decay
-        self.steps = 0
-        copy.load_state_dict(network.state_dict())
+    # the run
+    run: str | None = None
+    """name of the run folder; default: the data folder's name and the time"""
+    results_dir: str = "results"
+    """folder that holds the runs"""
+    resume: str | None = None
+    """run folder to go on with, under its own settings; of others, those that change no result may differ"""
+    config: str | None = None
+    """config.json of another run, whose settings are the defaults of this one"""
+    seed: Seed = 0
+    """seed of weights, split, draws and augmentation"""
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the network; early on faster, as its start is worth little."""
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for average, value in zip(
-            self.copy.state_dict().values(), self.network.state_dict().values(), strict=True
-        ):
-            if average.is_floating_point():
-                average.lerp_(value, 1 - decay)
-            else:
-                average.copy_(value)
+    # the cases
+    cases: tyro.conf.OmitArgPrefixes[TrainingSource] = TrainingSource()
+
+    # the network
+    context: CountOrNone = 1
+    """neighbouring slices on each side of the one segmented"""
+    size: Count = 256
+    """height and width of the network's input"""
+    widths: tuple[Count, ...] = model.WIDTHS
+    """filters per level, the last is the bottleneck"""
+    use_se: bool = True
+    """squeeze-and-excitation in every residual block"""
+    use_attention: bool = True
+    """attention gates on the skips"""
+    dilated: bool = True
+    """dilation in the encoder"""
+    residual: bool = True
+    """residual connections in the blocks"""
+
+    # how long
+    epochs: Count = 100
+    """epochs at most"""
+    max_minutes: Positive | None = None
+    """wall-clock limit; the run still ends with validation and plots"""
+    slabs_per_epoch: Count | None = None
+    """slabs drawn per epoch; default: as many as there are training slices"""
+    early_stop: Count = 15
+    """epochs without a better validation Dice before the run ends"""
+
+    # the step
+    batch_size: Count = 16
+    """slabs per step, on each rank under torchrun"""
+    accumulate: Count = 1
+    """steps whose gradients are added up before the weights move"""
+    learning_rate: Positive = 1e-4
+    """AdamW learning rate after warm-up"""
+    min_learning_rate: NotNegative = 1e-5
+    """learning rate after the drop"""
+    warmup_steps: CountOrNone = 200
+    """optimiser steps of linear warm-up, at most one epoch"""
+    patience: CountOrNone = 5
+    """epochs without a better validation Dice before the learning rate drops"""
+    drop_by: Positive = 0.75
+    """share of the epochs or minutes after which the drop comes in any case; above 1 never"""
+    weight_decay: NotNegative = 1e-2
+    """AdamW weight decay"""
+    clip_norm: Positive = 5.0
+    """largest gradient norm"""
+    ema: Decay = 0.0
+    """decay of the averaged weights that are validated and kept; 0 is off"""
+
+    # the loss and the draws
+    focal_weight: NotNegative = 1.0
+    """weight of the focal loss"""
+    dice_weight: NotNegative = 1.0
+    """weight of the Dice loss"""
+    tumour_share: Share = 0.5
+    """share of draws that show tumour"""
+    empty_share: Share = 0.02
+    """share of draws that show no brain"""
+
+    # the machine
+    device: machine.DeviceName = "auto"
+    """where to compute"""
+    amp: bool = True
+    """mixed precision: bfloat16, or float16 with loss scaling, where the device has it"""
+    workers: CountOrNone = 2
+    """loader processes; 0 loads in the training process"""
+    compile: bool = False
+    """compile the network with torch.compile; where that fails, go on without"""
+    checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, slower"""
+    sync_batchnorm: bool = False
+    """batch statistics over the slabs of all ranks, under torchrun"""
+    probe: bool = True
+    """log before the first epoch what memory a step of full size needs"""
 
 
-@dataclass
-class TrainState:
-    """What a run carries from epoch to epoch; all of it is in last.pt."""
-
-    network: nn.Module
-    forward: nn.Module  # what a training step calls: the network, compiled and shared among ranks if so asked
-    average: WeightAverage | None
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
-    scaler: torch.amp.GradScaler
-    epoch: int = 0  # epochs finished
-    step: int = 0  # optimiser steps taken
-    minutes: float = 0.0  # spent so far, over all resumes
-    best_dice: float = -1.0
-    best_epoch: int = 0
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that are validated and kept: the average where there is one."""
-        return self.average.copy if self.average else self.network
-
-    def to_checkpoint(self) -> dict[str, Any]:
-        """Return everything but the settings, as tensors and plain values."""
-        return {
-            "model": self.evaluated.state_dict(),
-            "network": self.network.state_dict(),
-            "average_steps": self.average.steps if self.average else 0,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in ("epoch", "step", "minutes", "best_dice", "best_epoch")},
-        }
-
-    def restore(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Take the state of last.pt."""
-        load_weights(self.evaluated, checkpoint, path)
-        self.network.load_state_dict(checkpoint["network"])
-        if self.average:
-            self.average.steps = checkpoint["average_steps"]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scheduler.load_state_dict(checkpoint["scheduler"])
-        if checkpoint["scaler"]:  # empty where the run did not need one so far
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("epoch", "step", "minutes", "best_dice", "best_epoch"):
-            setattr(self, name, checkpoint[name])
+# What the demo sets where the command line says nothing else.
+DEMO = TrainConfig(
+    size=128,
+    widths=(16, 32, 64, 128, 256),
+    max_minutes=6.0,
+    slabs_per_epoch=1024,
+    learning_rate=2e-3,
+    min_learning_rate=2e-4,
+    warmup_steps=50,
+    ema=0.98,
+)
+# What a resumed run may change: how long it goes on and where, never what it computes.
+RESUMABLE = ("epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "compile")
+RESUMABLE += ("checkpointing", "probe")
 
 
-def make_state(config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> TrainState:
-    """Return the state of a run before its first step."""
-
-    def make_network() -> nn.Module:
-        network = build_network(len(config.modalities), len(config.regions), config.context, config.widths)
-        network.checkpointing = config.checkpointing
-        if config.sync_batchnorm:
-            network = share_batchnorm(network, device)
-        return network.to(device, memory_format=torch.channels_last)
-
-    try:
-        network = make_network()
-    except ValueError as error:
-        raise InputError(f"--widths: {error}.") from error
-    if config.size % network.multiple:
-        raise InputError(
-            f"--size {config.size} must be a multiple of {network.multiple} for {len(config.widths)} widths."
+def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
+    """Return the typed settings; the others are those of the run resumed, of --config, or of the demo."""
+    typed = parse()
+    if typed.resume and typed.config:
+        raise InputError("--config", "a resumed run has its own settings", "leave --config or --resume out")
+    if typed.resume:
+        return settings_of_resumed(Path(typed.resume), parse)
+    if typed.config:
+        settings = command.from_plain(
+            TrainConfig, files.read_json(Path(typed.config), "--config", "a run's config.json")
         )
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=device.type != "mps",
-    )
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer,
-        mode="max",
-        factor=0.1,
-        patience=config.patience,
-        threshold=1e-3,
-        threshold_mode="abs",
-        min_lr=config.min_learning_rate,
-    )
-    average = WeightAverage(network, make_network(), config.ema) if config.ema else None
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return TrainState(network, network, average, optimizer, scheduler, scaler)
+        return parse(dataclasses.replace(settings, run=None, resume=None))
+    is_demo = typed.cases.data_dir is None and not phantom.DEFAULT_DATA.is_dir()
+    return parse(DEMO) if is_demo else typed
 
 
-def prepare_step(
-    config: TrainConfig, network: nn.Module, device: torch.device, dtype: torch.dtype | None
-) -> tuple[nn.Module, list[str]]:
-    """Return what a training step calls, and what the start-up probe and --compile have to say."""
-    shape = (config.batch_size, network.in_channels, config.size, config.size)
-    forward, lines = network, []
-    if config.probe:
-        alone = world_size() == 1 or not config.sync_batchnorm
-        lines.append(probe_memory(network, shape, device, dtype, config.accumulate, alone))
-    if config.compile:
-        forward, line = compile_network(network, shape, device, dtype)
-        lines.append(line)
-    return wrap_network(forward, device), lines
+def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
+    """Return the settings of a run to go on with; InputError where the command line contradicts them."""
+    saved = command.from_plain(TrainConfig, checkpoints.load_checkpoint(folder / "last.pt")["config"])
+    defaults = dataclasses.replace(
+        saved,
+        resume=str(folder),
+        config=None,
+        results_dir=str(folder.parent),
+        run=folder.name,
+        max_minutes=None,
+    )
+    settings = parse(defaults)
+    before = command.to_plain(defaults)
+    for name, value in command.to_plain(settings).items():
+        if value != before[name] and name not in (*RESUMABLE, "resume"):
+            flag = command.flag_of(name)
+            raise InputError(
+                f"{flag} {value}", f"{folder} was trained with {before[name]}", "leave the flag out"
+            )
+    return settings
+
+
+def share_batch(config: TrainConfig, before: int, now: int) -> TrainConfig:
+    """Return settings by which `now` ranks move the weights after as many slabs as `before` ranks did.
+
+    Where it can, --accumulate changes and the batch on each rank stays; else that batch. InputError where the
+    slabs cannot be shared equally.
+    """
+    if (config.accumulate * before) % now == 0:
+        return dataclasses.replace(config, accumulate=config.accumulate * before // now)
+    if (config.batch_size * before) % now == 0:
+        return dataclasses.replace(config, batch_size=config.batch_size * before // now)
+    slabs = config.batch_size * config.accumulate * before
+    raise InputError(
+        "--nproc-per-node",
+        f"{now} ranks cannot share the {slabs} slabs after which {config.resume} moves its weights",
+        f"resume it on {before} rank(s) or another divisor",
+    )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's fixed facts: settings, folder, split, device, and what its checkpoints say of the data."""
+    """A run's fixed facts: settings, folder, device, and what its checkpoints say of the data."""
 
     config: TrainConfig
     folder: Path
-    split: dict[str, Any]
     device: torch.device
-    dtype: torch.dtype | None
-    about: dict[str, Any]  # data_kind, split_sha256, and who was seen in training and validation
+    dtype: torch.dtype | None  # of autocast; None is float32
+    facts: dict[str, Any]  # data_kind, held_out, skipped, split_sha256, and the identities of the cases seen
 
     @property
     def title(self) -> str:
         """The run's name and what its numbers are of."""
-        is_real = self.about["data_kind"] == "real"
-        return f"{self.folder.name}: {'real data' if is_real else 'synthetic phantoms, not a BraTS result'}"
+        is_real = self.facts["data_kind"] == "real"
+        return f"{self.folder.name}: {'real data' if is_real else phantom.PHANTOM_NOTE}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -242,128 +241,117 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
     progress, not a result. Counts stay on the device and are read every 10 steps. Of several ranks each runs
     its share of every batch; the loss pools its Dice counts over them, so it is that of the whole batch.
     """
-    config, device, dtype = run.config, run.device, run.dtype
-    network, optimizer = state.network.train(), state.optimizer
-    pool = sum_over_ranks if world_size() > 1 else None
-    optimizer.zero_grad(set_to_none=True)  # what did not fill a step of the last epoch
+    config, device = run.config, run.device
+    state.network.train()
+    state.optimizer.zero_grad(set_to_none=True)  # what did not fill a step of the last epoch
+    pool = ranks.sum_over_ranks if ranks.world_size() > 1 else None
     loss_function = HybridFocalDiceLoss(config.focal_weight, config.dice_weight, pool=pool)
     warmup_steps = min(config.warmup_steps, len(loader) // config.accumulate)
     totals = torch.zeros(4, device=device)  # loss, overlap, predicted + reference voxels, steps
-    figures = {"train_loss": math.nan, "train_dice": math.nan}
     start, waited_s, slabs = time.perf_counter(), 0.0, 0
-    progress = tqdm(loader, desc=f"epoch {state.epoch + 1}/{config.epochs}", unit="step", leave=False)
+    steps = progress(loader, f"epoch {state.epoch + 1}/{config.epochs}", "step")
     asked = time.perf_counter()
-    for index, (slab, target) in enumerate(progress):
+    for index, (slab, target) in enumerate(steps):
         waited_s += time.perf_counter() - asked
-        slab = slab.to(device, non_blocking=True, memory_format=torch.channels_last)
-        target = target.to(device, non_blocking=True)
-        moves = (index + 1) % config.accumulate == 0
-        with keep_gradients(state.forward, keep=not moves):
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                logits = state.forward(slab)
+        slab = slab.to(device, non_blocking=True, memory_format=torch.channels_last)  # (N, C*K, S, S)
+        target = target.to(device, non_blocking=True)  # (N, R, S, S)
+        is_update_step = (index + 1) % config.accumulate == 0
+        with ranks.keep_gradients(state.forward, keep=not is_update_step):
+            with torch.autocast(device.type, run.dtype, enabled=run.dtype is not None):
+                logits = state.forward(slab)  # (N, R, S, S)
             loss = loss_function(logits, target)
             state.scaler.scale(loss / config.accumulate).backward()
-        if moves:
-            if state.step < warmup_steps:
-                optimizer.param_groups[0]["lr"] = config.learning_rate * (state.step + 1) / warmup_steps
-            state.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
-            state.scaler.step(optimizer)
-            state.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            if state.average:
-                state.average.update()
-        with torch.no_grad():
-            predicted = logits > 0
-            totals += torch.stack(
-                (
-                    loss,
-                    (predicted & (target > 0)).sum(),
-                    predicted.sum() + target.sum(),
-                    torch.ones_like(loss),
-                )
-            ).detach()
+        if is_update_step:
+            update_weights(config, state, warmup_steps)
+        totals += count_step(loss, logits, target)
         slabs += len(slab)
-        stop = clock.is_out()
-        if index % 10 == 0 or index + 1 == len(loader) or stop:
-            figures = _running_figures(totals)
-            rate = optimizer.param_groups[0]["lr"]
-            progress.set_postfix_str(
-                f"loss {figures['train_loss']:.3f} Dice {figures['train_dice']:.3f} lr {rate:.1e}"
-            )
-        if stop:
+        is_last = clock.is_out()
+        if index % 10 == 0 or index + 1 == len(loader) or is_last:
+            figures = running_figures(totals)
+            rate = state.optimizer.param_groups[0]["lr"]
+            steps.note(f"loss {figures['train_loss']:.3f} Dice {figures['train_dice']:.3f} lr {rate:.1e}")
+        if is_last:
             break
         asked = time.perf_counter()
-    progress.close()
     seconds = time.perf_counter() - start
-    if world_size() > 1:
-        figures = _running_figures(sum_counts(totals))
-    speed = slabs * world_size() / seconds
+    if ranks.world_size() > 1:
+        figures = running_figures(ranks.sum_counts(totals))
+    speed = slabs * ranks.world_size() / seconds
     return figures | {"slabs_per_second": speed, "waiting_share": waited_s / seconds}
 
 
-def _running_figures(totals: torch.Tensor) -> dict[str, float]:
+def update_weights(config: TrainConfig, state: TrainState, warmup_steps: int) -> None:
+    """Move the weights by the gradients added up since the last time, and their average after them."""
+    if state.step < warmup_steps:
+        state.optimizer.param_groups[0]["lr"] = config.learning_rate * (state.step + 1) / warmup_steps
+    state.scaler.unscale_(state.optimizer)
+    nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    if state.average:
+        state.average.update_parameters(state.network)
+
+
+@torch.no_grad()
+def count_step(loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return (loss, overlap, predicted + reference voxels, 1) of a step, (4,), on the device."""
+    predicted = logits > 0
+    overlap = (predicted & (target > 0)).sum()
+    return torch.stack((loss.detach(), overlap, predicted.sum() + target.sum(), torch.ones_like(loss)))
+
+
+def running_figures(totals: torch.Tensor) -> dict[str, float]:
+    """Return mean loss and pooled Dice of the totals of `count_step`."""
     loss, overlap, both, steps = totals.tolist()
     if not math.isfinite(loss):
-        raise InputError("the loss is no longer finite; take a lower --learning-rate or --no-amp.")
+        raise InputError("the loss", "is no longer finite", "take a lower --learning-rate or --no-amp")
     return {"train_loss": loss / steps, "train_dice": 2 * overlap / both if both else 1.0}
 
 
-def validate(model: TrainedModel, cases: Sequence[PreparedCase], batch_size: int) -> np.ndarray:
+def validate(
+    trained: inference.TrainedModel, cases: Sequence[cache.PreparedCase], batch_size: int
+) -> np.ndarray:
     """Return Dice (cases, R, len(THRESHOLDS)) per case, region and threshold: whole volumes, no TTA.
 
     Ranks share the cases; each gets the Dice of all.
     """
-    mine = share_of(cases)
-    dice = np.zeros((len(mine), len(model.regions), len(THRESHOLDS)))
-    for index, case in enumerate(tqdm(mine, desc="validating", unit="case", leave=False)):
-        probabilities = predict_volume(
-            model, case.volume, case.brain_voxels, tta=False, batch_size=batch_size
+    mine = ranks.share_of(cases)
+    dice = np.zeros((len(mine), len(trained.regions), len(THRESHOLDS)))
+    for index, case in enumerate(progress(mine, "validating", "case")):
+        probabilities = inference.predict_volume(
+            trained, case.volume, case.brain_voxels, tta=False, batch_size=batch_size
         )
         for region, (probability, reference) in enumerate(zip(probabilities, case.reference, strict=True)):
             counts = overlap_at_thresholds(probability, reference, THRESHOLDS)
-            dice[index, region] = [dice_from_counts(*row) for row in counts.tolist()]
-    return np.stack(gather_shares(list(dice)))
+            dice[index, region] = [Overlap(*row).dice for row in counts.tolist()]
+    return np.stack(ranks.gather_shares(list(dice)))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The run
+# The end of an epoch, the end of a run
 # ------------------------------------------------------------------------------------------------------------
 
 
-def as_trained_model(run: Run, state: TrainState) -> TrainedModel:
+def as_trained_model(run: Run, state: TrainState) -> inference.TrainedModel:
     """Return the weights to be validated as a model ready to predict."""
     config = run.config
-    return TrainedModel(
-        network=prepare_network(state.evaluated, run.device, run.dtype),
-        modalities=config.modalities,
-        regions=config.regions,
+    return inference.TrainedModel(
+        network=model.prepare_network(state.evaluated, run.device, run.dtype),
+        modalities=config.cases.modalities,
+        regions=config.cases.regions,
         context=config.context,
         size=config.size,
-        thresholds=(0.5,) * len(config.regions),
+        thresholds=(0.5,) * len(config.cases.regions),
         device=run.device,
         dtype=run.dtype,
         checkpoint={},
     )
 
 
-def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
-    """Write best.pt: weights, settings, and per region the threshold with the highest validation Dice."""
-    sweep = dice.mean(0)  # (R, T)
-    content = {
-        "model": state.evaluated.state_dict(),
-        "config": dataclasses.asdict(run.config),
-        "thresholds": [float(THRESHOLDS[highest]) for highest in sweep.argmax(1)],
-        "threshold_sweep": {"thresholds": THRESHOLDS.tolist(), "validation_dice": sweep.tolist()},
-        "epoch": state.epoch,
-        "validation_dice": state.best_dice,
-    }
-    save_checkpoint(run.folder / "best.pt", content | run.about)
-
-
 def finish_epoch(
-    run: Run, state: TrainState, log: Log, clock: Clock, figures: dict[str, float], dice: np.ndarray
+    run: Run, state: TrainState, clock: Clock, figures: dict[str, float], dice: np.ndarray
 ) -> None:
     """Log an epoch, keep its weights where they are better, drop the learning rate where it is time."""
     config, optimizer = run.config, state.optimizer
@@ -372,20 +360,24 @@ def finish_epoch(
     is_better = mean > state.best_dice
     if is_better:
         state.best_dice, state.best_epoch = mean, state.epoch
-        if is_main():
-            write_best(run, state, dice)
     state.scheduler.step(mean)
     if max(clock.share(), state.epoch / config.epochs) >= config.drop_by:
         optimizer.param_groups[0]["lr"] = min(optimizer.param_groups[0]["lr"], config.min_learning_rate)
-    peak_gb = peak_memory_gb(run.device)
-    row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
-    row |= {f"validation_dice_{region}": float(v) for region, v in zip(config.regions, at_half, strict=True)}
-    log.add(row | {"peak_memory_gb": peak_gb}, run.title)
-    if is_main():
-        settings = {"config": dataclasses.asdict(config), "ranks": world_size()}
-        save_checkpoint(run.folder / "last.pt", state.to_checkpoint() | settings | run.about)
-    scores = " ".join(f"{region} {value:.4f}" for region, value in zip(config.regions, at_half, strict=True))
-    log.say(
+    peak_gb = machine.peak_memory_gb(run.device)
+    if ranks.is_main():
+        row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
+        row |= {
+            f"validation_dice_{name}": float(v) for name, v in zip(config.cases.regions, at_half, strict=True)
+        }
+        write_log(run, row | {"peak_memory_gb": peak_gb})
+        if is_better:
+            write_best(run, state, dice)
+        settings = {"config": command.to_plain(config), "ranks": ranks.world_size()}
+        checkpoints.save_checkpoint(run.folder / "last.pt", state.to_checkpoint() | settings | run.facts)
+    scores = " ".join(
+        f"{region} {value:.4f}" for region, value in zip(config.cases.regions, at_half, strict=True)
+    )
+    log.info(
         f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation "
         f"Dice per case {scores}{' *' if is_better else '  '}  lr {rate:.1e}  "
         f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
@@ -393,137 +385,224 @@ def finish_epoch(
     )
 
 
-def note_seen(
-    run: Run, cases: Sequence[Case], chosen: dict[str, list[Case]], prepared: Sequence[PreparedCase]
-) -> None:
-    """Note in `run.about` the identity of every case seen; raises InputError where parts share a patient.
+def write_log(run: Run, row: dict[str, Any]) -> None:
+    """Add an epoch to log.csv, in place of what an earlier attempt left, and draw the curves."""
+    path = run.folder / "log.csv"
+    table = pd.DataFrame([row])
+    if path.exists():
+        before = pd.read_csv(path, float_precision="round_trip")
+        table = pd.concat([before[before["epoch"] < row["epoch"]], table], ignore_index=True)
+    files.write_atomically(path, lambda target: table.to_csv(target, index=False))
+    plots.plot_curves(run.folder / "curves.png", table, run.title)
 
-    Test cases are told by their fingerprints too, and for nothing else.
-    """
-    test_ids = set(run.split["test"])
-    parts = chosen | {"test": [case for case in cases if case.case_id in test_ids]}
-    prints = {case.case_id: case.fingerprint for case in prepared}
-    identities = {
-        part: identify_cases(members, run.config.modalities, run.config.cache_dir, prints)
-        for part, members in parts.items()
+
+def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
+    """Write best.pt: weights, settings, and per region the threshold with the highest validation Dice."""
+    sweep = dice.mean(0)  # (R, T)
+    content = {
+        "model": state.evaluated.state_dict(),
+        "config": command.to_plain(run.config),
+        "thresholds": [float(THRESHOLDS[highest]) for highest in sweep.argmax(1)],
+        "threshold_sweep": {"thresholds": THRESHOLDS.tolist(), "validation_dice": sweep.tolist()},
+        "epoch": state.epoch,
+        "validation_dice": state.best_dice,
     }
-    check_parts(identities)
-    run.about.update(pack_identities([*identities["train"], *identities["validation"]]))
+    checkpoints.save_checkpoint(run.folder / "best.pt", content | run.facts)
 
 
-def add_postprocessing(run: Run, cases: Sequence[PreparedCase]) -> str:
-    """Choose post-processing on the validation cases for the weights kept, add it to best.pt, and say what.
+def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
+    """Choose post-processing on the validation cases for the weights kept, and add it to best.pt.
 
     One more pass over validation, without TTA, at the thresholds of best.pt.
     """
     path = run.folder / "best.pt"
-    model = load_model(path, run.device, run.config.amp)
+    best = inference.load_model(path, run.device, run.config.amp)
     cropped = []
-    for case in tqdm(cases, desc="choosing post-processing", unit="case", leave=False):
-        probabilities = predict_volume(
-            model, case.volume, case.brain_voxels, tta=False, batch_size=run.config.batch_size
+    for case in progress(cases, "choosing post-processing", "case"):
+        probabilities = inference.predict_volume(
+            best, case.volume, case.brain_voxels, tta=False, batch_size=run.config.batch_size
         )
-        masks = threshold_regions(probabilities, model.thresholds, model.regions)
-        cropped.append(crop_case(masks, case.reference, case.spacing_mm))
-    chosen = choose_postprocessing(cropped, model.regions)
-    save_checkpoint(path, model.checkpoint | {"postprocessing": chosen})
-    before, after = (np.mean(list(chosen[f"validation_dice_{w}"].values())) for w in ("before", "after"))
-    return (
-        f"post-processing chosen on validation: {describe_postprocessing(chosen['settings'])}; Dice "
+        region_masks = masks.threshold_regions(probabilities, best.thresholds, best.regions)
+        cropped.append(masks.crop_case(region_masks, case.reference, case.spacing_mm))
+    choice = masks.choose_postprocessing(cropped, best.regions)
+    checkpoints.save_checkpoint(path, best.checkpoint | {"postprocessing": choice})
+    before, after = (
+        np.mean(list(choice[f"validation_dice_{when}"].values())) for when in ("before", "after")
+    )
+    log.info(
+        f"post-processing chosen on validation: {masks.describe_postprocessing(choice['settings'])}; Dice "
         f"{before:.4f} without, {after:.4f} with, mean over regions and {len(cases)} cases, no TTA"
     )
 
 
-def prepare_training(run: Run, cases: Sequence[Case]) -> tuple[DataLoader, list[PreparedCase]]:
-    """Return the training loader and the validation cases, and note in `run.about` who was seen."""
+# ------------------------------------------------------------------------------------------------------------
+# The start of a run
+# ------------------------------------------------------------------------------------------------------------
+
+
+def place_run(config: TrainConfig) -> TrainConfig:
+    """Return the settings with data folder and run name; the demo's phantoms are made where missing."""
+    if config.resume:
+        return config
+    data_dir = phantom.choose_data_dir(config.cases.data_dir)
+    name = config.run or f"{Path(data_dir).resolve().name}_{datetime.now():%Y%m%d_%H%M%S}"
+    if (Path(config.results_dir) / name / "last.pt").exists():
+        raise InputError(f"--run {name}", "this run exists", "choose another name or --resume it")
+    source = dataclasses.replace(config.cases, data_dir=data_dir)
+    return dataclasses.replace(config, cases=source, run=name)
+
+
+def make_state(config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> TrainState:
+    """Return the state of a run before its first step."""
+    try:
+        network = model.build_network(command.to_plain(config))
+    except ValueError as error:
+        raise InputError("--widths", str(error)) from error
+    if config.size % network.multiple:
+        raise InputError(
+            f"--size {config.size}",
+            f"must be a multiple of {network.multiple} for {len(config.widths)} widths",
+        )
+    network.checkpointing = config.checkpointing
+    if config.sync_batchnorm:
+        network = ranks.share_batchnorm(network, device)
+    network = network.to(device, memory_format=torch.channels_last)
+    recipe = Recipe(
+        config.learning_rate,
+        config.min_learning_rate,
+        config.patience,
+        config.weight_decay,
+        config.ema,
+        dtype,
+    )
+    return start_state(network, recipe)
+
+
+def prepare_step(run: Run, network: nn.Module) -> nn.Module:
+    """Return what a training step calls: the network, compiled and shared among ranks where asked for."""
+    config, forward = run.config, network
+    shape = (config.batch_size, network.in_channels, config.size, config.size)
+    batch = probe.Batch(shape, run.device, run.dtype)
+    if config.probe:
+        count = functools.partial(
+            model.estimate_activation_bytes, network, shape, run.dtype, side=2 * network.multiple
+        )
+        alone = ranks.world_size() == 1 or not config.sync_batchnorm
+        probe.probe_memory(network, batch, count, config.accumulate, try_smaller=alone)
+    if config.compile:
+        forward = probe.compile_network(network, lambda compiled: probe.try_step(compiled, network, batch))
+    return ranks.wrap_network(forward, run.device)
+
+
+def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
+    """Return the loader of this rank's share of the balanced training slabs."""
     config = run.config
-    chosen = {
-        part: cases_of_split(cases, run.split, part, config.data_dir) for part in ("train", "validation")
-    }
-    both = [*chosen["train"], *chosen["validation"]]
-    prepared = prepare_by_shares(both, config.modalities, config.regions, config.cache_dir, config.cache_gb)
-    train_cases, validation_cases = prepared[: len(chosen["train"])], prepared[len(chosen["train"]) :]
-    note_seen(run, cases, chosen, prepared)
-    table = slice_table(train_cases, config.regions)
+    table = dataset.slice_table(cases, config.cases.regions)
     draws = config.slabs_per_epoch or len(table)
-    if draws < config.batch_size * config.accumulate * world_size():
-        raise InputError(f"{draws} slabs an epoch do not fill one step; lower --batch-size or --accumulate.")
-    weights = balance_slices(table, config.tumour_share, config.empty_share)
-    sampler = BalancedSampler(weights, draws, config.seed, rank(), world_size())
-    dataset = SlabDataset(train_cases, table, config.context, config.size)
-    return make_train_loader(dataset, sampler, config.batch_size, config.workers), validation_cases
+    if draws < config.batch_size * config.accumulate * ranks.world_size():
+        raise InputError(
+            "--slabs-per-epoch", f"{draws} slabs do not fill one step", "lower --batch-size or --accumulate"
+        )
+    weights = dataset.balance_slices(table, config.tumour_share, config.empty_share)
+    sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
+    slabs = dataset.SlabDataset(cases, table, config.context, config.size)
+    return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
+
+
+def open_run(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Run, selection.Selection]:
+    """Make the run's folder, choose its cases, and write config.json."""
+    folder = Path(config.results_dir) / config.run
+    folder.mkdir(parents=True, exist_ok=True)
+    log_to_file(folder / "train.log")
+    chosen = None
+    if ranks.is_main():
+        chosen = selection.select_cases(config.cases, config.seed, folder, resumed=bool(config.resume))
+    chosen = ranks.from_main(chosen)
+    if ranks.is_main():
+        made = {"command": command.command_line(), "ranks": ranks.world_size()}
+        made |= {"hardware": machine.describe_machine(device), "versions": machine.describe_versions()}
+        files.write_json(folder / "config.json", {**command.to_plain(config), **chosen.facts, **made})
+    return Run(config, folder, device, dtype, chosen.facts), chosen
+
+
+def draw_first_batch(run: Run, loader: DataLoader) -> None:
+    """Draw the first training batch, as the network sees it, into batch.png."""
+    keys = itertools.islice(loader.sampler, run.config.batch_size)
+    slabs, targets = zip(*(loader.dataset[key] for key in keys), strict=True)
+    overlays.plot_batch(
+        run.folder / "batch.png", torch.stack(slabs), torch.stack(targets), run.config.context, run.title
+    )
+
+
+def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader: DataLoader) -> None:
+    """Log what is trained on what."""
+    counts = " / ".join(str(len(chosen.split[name])) for name in SPLIT_PARTS)
+    number_format = str(run.dtype or torch.float32).removeprefix("torch.")
+    log.info(
+        f"{run.title}; {len(chosen.cases)} cases, split {counts} by patient, {len(loader.dataset)} training "
+        f"slices, {model.count_parameters(network) / 1e6:.2f} M parameters, {run.device.type}, "
+        f"{number_format}" + (f", {ranks.world_size()} ranks" if ranks.world_size() > 1 else "")
+    )
 
 
 def main(config: TrainConfig) -> None:
     """Train, validating each epoch, until the epochs, the clock or the patience runs out."""
     clock = Clock(config.max_minutes)
-    join_ranks()
-    config = from_main(prepare_config(config) if is_main() else config)
-    clock.max_minutes = config.max_minutes
-    set_seed(config.seed)
-    device = local_device(choose_device(config.device))
-    dtype = amp_dtype(device, config.amp)
+    ranks.join_ranks()
+    config = ranks.from_main(place_run(config) if ranks.is_main() else config)
+    last = Path(config.results_dir) / config.run / "last.pt"
+    checkpoint = checkpoints.load_checkpoint(last) if config.resume else None
+    if checkpoint:
+        config = share_batch(config, checkpoint.get("ranks", 1), ranks.world_size())
+    device = ranks.local_device(machine.choose_device(config.device))
+    dtype = machine.amp_dtype(device, config.amp)
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    machine.set_seed(config.seed)
     state = make_state(config, device, dtype)
-    state.forward, lines = prepare_step(config, state.network, device, dtype)
-    folder = Path(config.results_dir) / config.run
-    folder.mkdir(parents=True, exist_ok=True)
-    data = from_main(choose_data(config, folder) if is_main() else None)
-    about = {**data.facts, "split_sha256": data.split["sha256"]}
-    run = Run(config, folder, data.split, device, dtype, about)
-    log = Log(folder, resumed=bool(config.resume))
-    if config.resume:
-        state.restore(load_checkpoint(folder / "last.pt"), folder / "last.pt")
-        log.rows = log.rows[: state.epoch]
-    made = {"command": command_line(), "hardware": describe_machine(device), "versions": describe_versions()}
-    made |= {"ranks": world_size()}
-    if is_main():
-        write_json(folder / "config.json", {**dataclasses.asdict(config), **data.facts, **made})
+    run, chosen = open_run(config, device, dtype)
+    if checkpoint:
+        state.restore(checkpoint, last)
+    cases = selection.prepare_parts(chosen, config.cases)
+    seen = [leakage.identify_case(case) for case in (*cases["train"], *cases["validation"])]
+    run.facts.update(leakage.pack_identities(seen))
+    loader = make_loader(run, cases["train"])
+    log_start(run, chosen, state.network, loader)
+    dataset.warn_of_crop([*cases["train"], *cases["validation"]], config.size, state.network.multiple)
+    state.forward = prepare_step(run, state.network)
+    if ranks.is_main() and not checkpoint:
+        draw_first_batch(run, loader)
 
-    for line in data.lines:
-        log.say(line)
-    loader, validation_cases = prepare_training(run, data.cases)
-    minutes_before = state.minutes
-    log.say(
-        f"{run.title}; {len(data.cases)} cases, split {len(data.split['train'])} / "
-        f"{len(data.split['validation'])} / {len(data.split['test'])} by patient, "
-        f"{len(loader.dataset)} training slices, {count_parameters(state.network) / 1e6:.2f} M parameters, "
-        f"{device.type}, {str(dtype or torch.float32).removeprefix('torch.')}"
-        + (f", {world_size()} ranks" if world_size() > 1 else "")
-    )
-    seen = [*loader.dataset.cases, *validation_cases]
-    if warning := warn_of_crop(seen, config.size, state.network.multiple):
-        log.say(warning)
-    for line in lines:
-        log.say(line)
-    started_epoch = state.epoch
-    while state.epoch < config.epochs and (state.epoch == started_epoch or not clock.is_out()):
+    minutes_before, first_epoch = state.minutes, state.epoch
+    while state.epoch < config.epochs and (state.epoch == first_epoch or not clock.is_out()):
         loader.sampler.epoch = state.epoch
         figures = train_one_epoch(run, state, loader, clock)
         begun = time.monotonic()
-        average_buffers(state.network)
+        ranks.average_buffers(state.network)
         if state.average:
-            average_buffers(state.average.copy)
-        dice = validate(as_trained_model(run, state), validation_cases, config.batch_size)
+            ranks.average_buffers(state.average.module)
+        dice = validate(as_trained_model(run, state), cases["validation"], config.batch_size)
         clock.reserved_s = 2 * (time.monotonic() - begun)  # the last validation, and one for post-processing
         state.epoch += 1
         state.minutes = minutes_before + clock.minutes()
-        finish_epoch(run, state, log, clock, figures, dice)
+        finish_epoch(run, state, clock, figures, dice)
         if state.epoch - state.best_epoch >= config.early_stop:
-            log.say(f"no better validation Dice for {config.early_stop} epochs: stopping early")
+            log.info(f"no better validation Dice for {config.early_stop} epochs: stopping early")
             break
-    log.say(
+    log.info(
         f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over "
-        f"{len(validation_cases)} cases, threshold 0.5, no TTA"
+        f"{len(cases['validation'])} cases, threshold 0.5, no TTA"
     )
-    if is_main():
-        log.say(add_postprocessing(run, validation_cases))
-    log.say(f"audit it: python final_evaluation_v2.py --run {folder}")
+    if ranks.is_main():
+        add_postprocessing(run, cases["validation"])
+    log.info(f"audit it: python final_evaluation_v2.py --run {run.folder}")
 
 
 if __name__ == "__main__":
-    run_command(
-        with_one_voice(main),
+    command.run_command(
+        ranks.with_one_voice(main),
         TrainConfig,
         "Train DRUnet V2. Without data it runs the demo on synthetic phantoms.",
+        choose_settings,
     )

@@ -3,8 +3,8 @@
     python -m benchmarks.allocation                                        narrow network, 16 slabs
     python -m benchmarks.allocation --widths 64 128 256 512 1024 --batch-size 4
 
-Each round starts two processes, one with `utils_v2.keep_freed_memory` and one without, as malloc's options
-hold for a process.
+Each round starts two processes, one with `runtime.machine.keep_freed_memory` and one without, as malloc's
+options hold for a process.
 """
 
 import json
@@ -21,21 +21,28 @@ import torch
 from benchmarks.common import print_table, write_result
 from benchmarks.train_step import make_predictor, make_trainer
 from model_drunet_v2 import DRUNetV2
-from utils_v2 import amp_dtype, keep_freed_memory, option, parse_config, set_seed
+from runtime.command import parse
+from runtime.machine import amp_dtype, keep_freed_memory, set_seed
 
-CHILDREN = {"given back": "--no-keep", "kept": "--keep"}
+CHILDREN = {"given back": "False", "kept": "True"}  # the value of --keep
 
 
 @dataclass(frozen=True)
 class AllocationConfig:
     """Settings of the measurement."""
 
-    widths: tuple[int, ...] = option((16, 32, 64, 128, 256), "filters per level")
-    size: int = option(256, "height and width of a slab")
-    batch_size: int = option(16, "slabs a step")
-    steps: int = option(5, "steps timed in each process, after two that are not")
-    repeats: int = option(5, "rounds")
-    keep: bool | None = option(None, "measure once in this process; used inside")
+    widths: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """filters per level"""
+    size: int = 256
+    """height and width of a slab"""
+    batch_size: int = 16
+    """slabs a step"""
+    steps: int = 5
+    """steps timed in each process, after two that are not"""
+    repeats: int = 5
+    """rounds"""
+    keep: bool | None = None
+    """measure once in this process; used inside"""
 
 
 def measure_here(config: AllocationConfig) -> dict[str, float]:
@@ -65,16 +72,16 @@ def measure_here(config: AllocationConfig) -> dict[str, float]:
     return figures | {"peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def measure_in_child(flag: str) -> dict[str, float]:
+def measure_in_child(keep: str) -> dict[str, float]:
     """Return what `measure_here` finds in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.allocation", *sys.argv[1:], flag]
+    command = [sys.executable, "-m", "benchmarks.allocation", *sys.argv[1:], "--keep", keep]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def compare(config: AllocationConfig) -> list[dict[str, Any]]:
     """Return a row per way: medians of the figures, and the ratios of speed, median and extremes."""
     rounds = [
-        {name: measure_in_child(flag) for name, flag in CHILDREN.items()} for _ in range(config.repeats)
+        {name: measure_in_child(keep) for name, keep in CHILDREN.items()} for _ in range(config.repeats)
     ]
     rows = []
     for name in CHILDREN:
@@ -104,4 +111,4 @@ def main(config: AllocationConfig) -> None:
 
 if __name__ == "__main__":
     # not by run_command, which keeps freed memory
-    main(parse_config(AllocationConfig, "Measure what malloc costs a training step on a CPU."))
+    main(parse(AllocationConfig, "Measure what malloc costs a training step on a CPU."))

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from benchmarks.common import print_table, time_pairs, write_result
-from cache_entry_v2 import crop_volume
-from cases_v2 import is_phantom, load_case
-from layouts_v2 import find_cases
-from make_phantom_v2 import write_cohort
-from utils_v2 import option, run_command
-from volumes_v2 import QUARTILE_DISTANCE, Z_RANGE, brain_mask
+from cohort.cache import find_box
+from cohort.cases import load_case
+from cohort.layouts import CaseSource, find_cases
+from cohort.phantom import is_phantom, write_cohort
+from cohort.preprocess import QUARTILE_DISTANCE, Z_RANGE, brain_mask
+from runtime.command import run_command
 
 LOW, HIGH = Z_RANGE
 LEVELS = {"int16": 65535, "uint8": 255}  # steps of the fixed-point formats; int16 holds them less 32768
@@ -31,10 +31,14 @@ SLABS = 40
 class FormatConfig:
     """Settings of the measurement."""
 
-    data_dir: str | None = option(None, "folder with cases; default: phantoms made for it")
-    cases: int = option(3, "cases to measure, the first by id")
-    modality: str = option("flair", "modality to measure")
-    repeats: int = option(5, "timed rounds")
+    data_dir: str | None = None
+    """folder with cases; default: phantoms made for it"""
+    cases: int = 3
+    """cases to measure, the first by id"""
+    modality: str = "flair"
+    """modality to measure"""
+    repeats: int = 5
+    """timed rounds"""
 
 
 def exact_scores(intensities: np.ndarray) -> np.ndarray:
@@ -70,13 +74,14 @@ def read_slabs(path: Path) -> None:
 
 def measure_case(scores: np.ndarray, folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Return one row a format for one case's scores (D, H, W)."""
-    cropped, _, _ = crop_volume(scores.astype(np.float16)[None])
+    box = find_box(scores.astype(np.float16)[None], np.zeros((1, *scores.shape), bool))
+    cropped = scores[tuple(slice(*edges) for edges in box)].astype(np.float16)
     levels = np.unique(scores)
     rows, readers = [], {}
     for name in ("float32", "float16", "int16", "uint8"):
         error = decode(encode(scores, name)).astype(np.float64) - scores
         path = folder / f"{name}.npy"
-        np.save(path, encode(cropped[0].astype(np.float32), name))
+        np.save(path, encode(cropped.astype(np.float32), name))
         readers[name] = partial(read_slabs, path)
         row = {"format": name, "max_error": np.abs(error).max(), "rms_error": np.sqrt((error**2).mean())}
         row |= {
@@ -95,7 +100,7 @@ def main(config: FormatConfig) -> None:
         data_dir = Path(config.data_dir or name)
         if config.data_dir is None:
             write_cohort(data_dir, config.cases, 0, (155, 240, 240), (1.0, 1.0, 1.0), "internal")
-        cases = find_cases(data_dir, (config.modality,))[: config.cases]
+        cases = find_cases(CaseSource(data_dir), (config.modality,))[: config.cases]
         rows = []
         for case in cases:
             scores = exact_scores(load_case(case, (config.modality,)).volume[0])

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from utils_v2 import choose_device, describe_machine, describe_versions, write_json
+from runtime.files import write_json
+from runtime.machine import choose_device, describe_machine, describe_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

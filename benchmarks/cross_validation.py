@@ -7,7 +7,6 @@ by patient. In each, validation patients are drawn from the rest, and choose epo
 post-processing as always. Stopped, it goes on when run again; folds that have been audited are kept.
 """
 
-import dataclasses
 import json
 import shlex
 import subprocess
@@ -20,36 +19,40 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from audit.measure import summarise_cohort
 from benchmarks.common import print_table, write_result
-from cases_v2 import Case, with_reference
-from dataset_balance_v2 import SPLIT_PARTS, read_split, split_sha256
-from measure_v2 import summarise_cohort
-from run_v2 import RESUMABLE, TrainConfig, choose_cases
-from utils_v2 import (
-    InputError,
-    load_checkpoint,
-    option,
-    parse_config,
-    run_command,
-    typed_options,
-    write_json,
-)
+from cohort.cases import Case, with_reference
+from cohort.layouts import find_cases
+from cohort.phantom import PHANTOM_NOTE
+from cohort.split import SPLIT_PARTS, read_split, split_sha256
+from runtime.checkpoints import load_checkpoint
+from runtime.command import flag_of, from_plain, parse, run_command, to_plain
+from runtime.errors import InputError
+from runtime.files import write_json
+from train_drunet_v2 import RESUMABLE, TrainConfig
 
 # What a fold decides itself, or what would take patients out of it.
-NOT_IN_TRAIN = {"data_dir", "split", "run", "results_dir", "resume", "hold_out_dir", "skip_bad"}
+NOT_IN_TRAIN = {"data_dir", "split", "run", "results_dir", "resume", "config", "hold_out_dir", "skip_bad"}
 
 
 @dataclass(frozen=True)
 class CrossValidationConfig:
     """Settings of the cross-validation."""
 
-    data_dir: str = option("data/BraTS2021", "folder with the cases")
-    train: str = option("", "further flags of train_drunet_v2.py, in one string")
-    folds: int = option(5, "runs, and parts of the patients")
-    only: tuple[int, ...] | None = option(None, "folds to run now, from 0; default: all")
-    validation_share: float = option(0.15, "share of a fold's other patients that are validated on")
-    name: str = option("cohort", "runs are results/cross_validation_NAME_0 and so on")
-    seed: int = option(0, "seed of the folds")
+    data_dir: str = "data/BraTS2021"
+    """folder with the cases"""
+    train: str = ""
+    """further flags of train_drunet_v2.py, in one string"""
+    folds: int = 5
+    """runs, and parts of the patients"""
+    only: tuple[int, ...] | None = None
+    """folds to run now, from 0; default: all"""
+    validation_share: float = 0.15
+    """share of a fold's other patients that are validated on"""
+    name: str = "cohort"
+    """runs are results/cross_validation_NAME_0 and so on"""
+    seed: int = 0
+    """seed of the folds"""
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,15 @@ def parse_training(config: CrossValidationConfig) -> tuple[list[str], TrainConfi
     try:
         flags = shlex.split(config.train)
     except ValueError as error:
-        raise InputError(f"--train {config.train!r}: {error}; close the quotes.") from error
-    if taken := typed_options(flags) & NOT_IN_TRAIN:
-        flag = min(taken).replace("_", "-")
-        raise InputError(f"--train: --{flag} has no place in it, as it would change the folds; leave it out.")
-    settings = parse_config(TrainConfig, "Flags in --train.", [*flags, f"--data-dir={config.data_dir}"])
+        raise InputError(f"--train {config.train!r}", str(error), "close the quotes") from error
+    defaults = from_plain(TrainConfig, {"data_dir": config.data_dir})
+    settings = parse(TrainConfig, "Flags in --train.", defaults, flags)
+    usual = to_plain(defaults)
+    if taken := [name for name in NOT_IN_TRAIN if to_plain(settings)[name] != usual[name]]:
+        flag = flag_of(min(taken))
+        raise InputError(
+            "--train", f"{flag} has no place in it, as it would change the folds", "leave it out"
+        )
     return flags, settings
 
 
@@ -92,13 +99,15 @@ def split_folds(
     """
     if not 0 < validation_share < 1 or seed < 0:
         raise InputError(
-            f"--validation-share {validation_share} must be between 0 and 1, --seed {seed} 0 or more."
+            f"--validation-share {validation_share} --seed {seed}",
+            "the share must be between 0 and 1, the seed 0 or more",
         )
     patients = sorted({case.patient_id for case in cases})
     if not 2 <= folds <= len(patients) or len(patients) - -(-len(patients) // folds) < 2:
         raise InputError(
-            f"--folds {folds}: not possible with {len(patients)} patient(s); each fold needs one to test and "
-            f"two more."
+            f"--folds {folds}",
+            f"not possible with {len(patients)} patient(s)",
+            "each fold needs one to test and two more",
         )
     order = [patients[index] for index in np.random.default_rng(seed).permutation(len(patients))]
     splits = []
@@ -122,16 +131,14 @@ def check_fold(fold: Fold, settings: TrainConfig) -> None:
     """Raise InputError where a fold's run folder holds a run of other patients or other settings."""
     if not (fold.run / "config.json").exists():
         return
-    found = json.loads((fold.run / "config.json").read_text())
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    before = to_plain(from_plain(TrainConfig, json.loads((fold.run / "config.json").read_text())))
     free = NOT_IN_TRAIN - {"data_dir"} | set(RESUMABLE)
-    other = [
-        f"--{name.replace('_', '-')}" for name in asked if name not in free and found.get(name) != asked[name]
-    ]
+    asked = to_plain(settings)
+    other = [flag_of(name) for name in asked if name not in free and before[name] != asked[name]]
     if read_split(fold.run / "split.json")["sha256"] != fold.split["sha256"]:
         other.append("patients in its parts")
     if other:
-        raise InputError(f"{fold.run}: a run with other {', '.join(other)}; choose another --name.")
+        raise InputError(fold.run, f"a run with other {', '.join(other)}", "choose another --name")
 
 
 def run_fold(fold: Fold, flags: list[str], settings: TrainConfig) -> None:
@@ -143,16 +150,16 @@ def run_fold(fold: Fold, flags: list[str], settings: TrainConfig) -> None:
             train += ["--resume", str(fold.run)]
         else:
             write_json(fold.run / "split.json", fold.split)
-            train += ["--data-dir", settings.data_dir, "--split", str(fold.run / "split.json")]
+            train += ["--data-dir", settings.cases.data_dir, "--split", str(fold.run / "split.json")]
             train += ["--run", fold.run.name]
         commands.append(train)
     if not fold.is_audited():
-        audit = ["final_evaluation_v2.py", "--run", str(fold.run), "--cache-dir", settings.cache_dir]
+        audit = ["final_evaluation_v2.py", "--run", str(fold.run), "--cache-dir", settings.cases.cache_dir]
         audit += ["--device", settings.device, "--amp" if settings.amp else "--no-amp"]
         commands.append(audit)
     for command in commands:
         if subprocess.run([sys.executable, *command], check=False).returncode:
-            raise InputError(f"{fold.run.name}: {command[0]} failed, see above; run this again to go on.")
+            raise InputError(fold.run.name, f"{command[0]} failed, see above", "run this again to go on")
 
 
 def pool_folds(folds: Sequence[Fold], seed: int) -> dict[str, Any]:
@@ -195,15 +202,15 @@ def make_table(summary: dict[str, Any], by_fold: Sequence[pd.DataFrame]) -> list
 def main(config: CrossValidationConfig) -> None:
     """Run the folds that are asked for; once all are there, print and write what they come to."""
     if Path(config.name).name != config.name:
-        raise InputError(f"--name {config.name!r}: a plain name is needed, without a folder.")
+        raise InputError(f"--name {config.name!r}", "a plain name is needed, without a folder")
     flags, settings = parse_training(config)
-    cases = with_reference(choose_cases(settings)[0], config.data_dir)
+    cases = with_reference(find_cases(settings.cases, settings.cases.modalities), config.data_dir)
     splits = split_folds(cases, config.folds, config.validation_share, config.seed)
     name = f"cross_validation_{config.name}"
     folds = [Fold(Path("results") / f"{name}_{index}", split) for index, split in enumerate(splits)]
     chosen = range(config.folds) if config.only is None else config.only
     if unknown := set(chosen) - set(range(config.folds)):
-        raise InputError(f"--only {min(unknown)}: folds are 0 to {config.folds - 1}.")
+        raise InputError(f"--only {min(unknown)}", f"folds are 0 to {config.folds - 1}")
     for fold in folds:
         check_fold(fold, settings)
     for index in chosen:
@@ -213,7 +220,7 @@ def main(config: CrossValidationConfig) -> None:
         return
     pooled = pool_folds(folds, config.seed)
     if pooled["data_kind"] == "phantom":
-        print("synthetic phantoms, not a BraTS result")
+        print(PHANTOM_NOTE)
     print("Dice per case, mean over the test cases of all folds, each by the fold that has not seen it")
     print_table(pooled["table"])
     print(write_result(name, pooled))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.feeding
 
-One phantom case of BraTS size, 3 slices of 256 x 256. Beside each transform of ours stands the one of
-albumentations it replaces, in the same rounds.
+One phantom case of BraTS size, 3 slices of 256 x 256. Beside a transform of ours stands the one of
+albumentations that it replaces, in the same rounds.
 """
 
 import tempfile
@@ -16,9 +16,12 @@ import albumentations as A
 import cv2
 import numpy as np
 
-from augmentation_v2 import BiasField, BrightnessContrast, TumourContrast, Warp
 from benchmarks.common import print_table, time_pairs, write_result
-from cache_v2 import prepare_cases
+from cohort.augmentation import BiasField, TumourContrast, Warp
+from cohort.cache import prepare_cases
+from cohort.layouts import CaseSource, find_cases
+from cohort.phantom import write_cohort
+from cohort.preprocess import fit_slices, place_slices
 from dataset_balance_v2 import (
     BalancedSampler,
     SlabDataset,
@@ -27,10 +30,7 @@ from dataset_balance_v2 import (
     slice_table,
     start_worker,
 )
-from layouts_v2 import find_cases
-from make_phantom_v2 import write_cohort
-from utils_v2 import option, run_command
-from volumes_v2 import fit_slices, place_slices
+from runtime.command import run_command
 
 CALLS = 30  # of a transform in one timed run
 
@@ -39,9 +39,12 @@ CALLS = 30  # of a transform in one timed run
 class FeedingConfig:
     """Settings of the measurement."""
 
-    repeats: int = option(5, "timed rounds")
-    slabs: int = option(320, "slabs of one loader run")
-    batch_size: int = option(16, "slabs a batch")
+    repeats: int = 5
+    """timed rounds"""
+    slabs: int = 320
+    """slabs of one loader run"""
+    batch_size: int = 16
+    """slabs a batch"""
 
 
 def transforms() -> dict[str, A.BasicTransform]:
@@ -63,8 +66,7 @@ def transforms() -> dict[str, A.BasicTransform]:
         "affine and elastic": Warp(1, 1),
         "tumour contrast": TumourContrast((-0.3, 1.2), p=1),
         "bias field": BiasField(0.35, p=1),
-        "brightness, contrast": BrightnessContrast(0.08, 0.2, p=1),
-        "(A.RandomBrightnessContrast)": A.RandomBrightnessContrast(0.08, 0.2, p=1),
+        "brightness, contrast": A.RandomBrightnessContrast(0.08, 0.25, p=1),
         "gamma": A.RandomGamma((75, 130), p=1),
         "blur": A.GaussianBlur(blur_limit=0, sigma_limit=(0.4, 1.2), p=1),
         "noise": A.GaussNoise((0.005, 0.03), p=1),
@@ -128,7 +130,9 @@ def main(config: FeedingConfig) -> None:
     start_worker(0)  # one thread, as in a worker
     with tempfile.TemporaryDirectory() as name:
         write_cohort(Path(name) / "data", 1, 0, (155, 240, 240), (1.0, 1.0, 1.0), "internal")
-        cases = prepare_cases(find_cases(Path(name) / "data"), ("flair",), ("WT",), Path(name) / "cache")
+        cases = prepare_cases(
+            find_cases(CaseSource(Path(name) / "data")), ("flair",), ("WT",), Path(name) / "cache"
+        )
         table = slice_table(cases, ("WT",))
         dataset = SlabDataset(cases, table, 1, 256)
         timed = time_pairs({key: repeat(step) for key, step in stages(dataset).items()}, config.repeats)

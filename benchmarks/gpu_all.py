@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends_v2 import prepare_network
 from benchmarks import memory, train_step
 from benchmarks.common import print_table, time_pairs, write_result
 from inference_v2 import TrainedModel, predict_volume
-from model_drunet_v2 import WIDTHS, DRUNetV2, count_flops
-from utils_v2 import InputError, amp_dtype, option, run_command
+from model_drunet_v2 import WIDTHS, DRUNetV2, count_flops, prepare_network
+from runtime.command import run_command
+from runtime.errors import InputError
+from runtime.machine import amp_dtype
 
 CASE = (1, 155, 240, 240)  # C, D, H, W of a BraTS case
 
@@ -27,11 +28,16 @@ CASE = (1, 155, 240, 240)  # C, D, H, W of a BraTS case
 class GpuConfig:
     """Settings of the measurement."""
 
-    widths: tuple[int, ...] = option(WIDTHS, "filters per level")
-    batch_size: int = option(16, "slabs a step")
-    repeats: int = option(5, "rounds of timings")
-    compile: bool = option(False, "our network compiled as well; takes some minutes more")
-    seed: int = option(0, "seed of weights and slabs")
+    widths: tuple[int, ...] = WIDTHS
+    """filters per level"""
+    batch_size: int = 16
+    """slabs a step"""
+    repeats: int = 5
+    """rounds of timings"""
+    compile: bool = False
+    """our network compiled as well; takes some minutes more"""
+    seed: int = 0
+    """seed of weights and slabs"""
 
 
 def measure_matmul_tflops(device: torch.device, side: int = 8192) -> float:
@@ -96,7 +102,9 @@ def measure(config: GpuConfig) -> dict[str, Any]:
 def main(config: GpuConfig) -> None:
     """Print and write everything, or say that there is no card."""
     if not torch.cuda.is_available():
-        raise InputError("there is no CUDA card that torch can use here; run this on a machine with one.")
+        raise InputError(
+            "--device cuda", "there is no CUDA card that torch can use here", "run this on a machine with one"
+        )
     started = time.perf_counter()
     content = measure(config)
     print(f"matrix product {content['matrix_product_tflops']:.0f} TFLOP/s, bf16")

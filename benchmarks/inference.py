@@ -37,26 +37,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backends_v2 import fold_batch_norm, prepare_network
+from audit.masks import threshold_regions
 from benchmarks.common import print_table, time_pairs, write_result
-from inference_v2 import (
-    VIEWS,
-    InferenceConfig,
-    TrainedModel,
-    build_network,
-    compile_model,
-    predict_views,
-    predict_volume,
-    read_case,
-    segment_cases,
-    threshold_regions,
-    write_case,
-)
-from layouts_v2 import find_cases
-from make_phantom_v2 import make_phantom, write_cohort
-from model_drunet_v2 import WIDTHS
-from utils_v2 import InputError, amp_dtype, choose_device, option, run_command
-from volumes_v2 import (
+from cohort.layouts import CaseSource, find_cases
+from cohort.phantom import make_phantom, write_cohort
+from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
     Placement,
     fit_slices,
@@ -65,6 +50,21 @@ from volumes_v2 import (
     place_slices,
     unfit_slices,
 )
+from inference_v2 import (
+    VIEWS,
+    InferenceConfig,
+    TrainedModel,
+    compile_model,
+    predict_views,
+    predict_volume,
+    read_case,
+    segment_cases,
+    write_case,
+)
+from model_drunet_v2 import WIDTHS, DRUNetV2, fold_batch_norm, prepare_network
+from runtime.command import run_command
+from runtime.errors import InputError
+from runtime.machine import amp_dtype, choose_device
 
 FULL_SHAPE = (155, 240, 240)
 OURS, COMPILED = "ours", "ours, compiled"
@@ -82,19 +82,28 @@ NARROW_WIDTHS = (16, 32, 64, 128, 256)
 class BenchmarkConfig:
     """Settings of the measurement."""
 
-    widths: tuple[int, ...] | None = option(
-        None, "filters per level; default: the full network on CUDA, 16-32-64-128-256 elsewhere"
-    )
-    shape: tuple[int, ...] = option(FULL_SHAPE, "voxels of the case along D H W")
-    size: int = option(256, "height and width of the network's input")
-    repeats: int = option(5, "rounds after the warm-up, all methods in each")
-    tta: bool = option(True, "three views in the comparison of methods; without, the case as it is")
-    change_slices: int = option(32, "slices in the middle of the case on which the changes are measured")
-    compile: bool = option(False, "compare our network compiled, too; half a minute to some minutes more")
-    cases: int = option(3, "files for the command; 0 leaves it out")
-    batch_size: int = option(16, "slabs a forward pass")
-    memory_of: str | None = option(None, "run this method alone once and print the peak memory; used inside")
-    device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
+    widths: tuple[int, ...] | None = None
+    """filters per level; default: the full network on CUDA, 16-32-64-128-256 elsewhere"""
+    shape: tuple[int, ...] = FULL_SHAPE
+    """voxels of the case along D H W"""
+    size: int = 256
+    """height and width of the network's input"""
+    repeats: int = 5
+    """rounds after the warm-up, all methods in each"""
+    tta: bool = True
+    """three views in the comparison of methods; without, the case as it is"""
+    change_slices: int = 32
+    """slices in the middle of the case on which the changes are measured"""
+    compile: bool = False
+    """compare our network compiled, too; half a minute to some minutes more"""
+    cases: int = 3
+    """files for the command; 0 leaves it out"""
+    batch_size: int = 16
+    """slabs a forward pass"""
+    memory_of: str | None = None
+    """run this method alone once and print the peak memory; used inside"""
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """where to compute"""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,7 +117,7 @@ def build_model(config: BenchmarkConfig) -> tuple[TrainedModel, nn.Module]:
     dtype = amp_dtype(device, True)
     torch.manual_seed(0)
     widths = config.widths or (WIDTHS if device.type == "cuda" else NARROW_WIDTHS)
-    network = build_network(1, 1, 1, widths).eval()
+    network = DRUNetV2(widths=widths).eval()
     with torch.no_grad():
         network.head.weight.mul_(30)  # probabilities all over 0..1, so that agreement means something
     model = TrainedModel(
@@ -229,7 +238,8 @@ def load_phantom(config: BenchmarkConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return a normalised phantom (1, D, H, W) that fills BraTS's field of view, and its brain voxels."""
     spacing_mm = tuple(full / asked for full, asked in zip(FULL_SHAPE, config.shape, strict=True))
     flair = make_phantom(0, config.shape, spacing_mm).modalities["flair"]
-    return normalise_volume(flair[None].astype(np.float32))
+    volume, brain = normalise_volume(flair[None].astype(np.float32))
+    return volume, brain.sum((1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,10 +351,8 @@ def compare_command(config: BenchmarkConfig) -> list[dict[str, Any]]:
     model, _ = build_model(config)
     with tempfile.TemporaryDirectory() as folder:
         spacing_mm = tuple(full / asked for full, asked in zip(FULL_SHAPE, config.shape, strict=True))
-        write_cohort(
-            Path(folder) / "cases", config.cases, 0, config.shape, spacing_mm, "internal", progress=False
-        )
-        cases = find_cases(Path(folder) / "cases", model.modalities)
+        write_cohort(Path(folder) / "cases", config.cases, 0, config.shape, spacing_mm, "internal")
+        cases = find_cases(CaseSource(Path(folder) / "cases"), model.modalities)
         settings = InferenceConfig(output=f"{folder}/masks", tta=False, batch_size=config.batch_size)
 
         def one_after_another() -> None:
@@ -374,7 +382,7 @@ def main(config: BenchmarkConfig) -> None:
     if config.memory_of is not None:
         known = (*METHODS, COMPILED, *AS_THEY_COME)
         if config.memory_of not in known:
-            raise InputError(f"--memory-of {config.memory_of}: not one of {', '.join(known)}.")
+            raise InputError(f"--memory-of {config.memory_of}", f"not one of {', '.join(known)}")
         method = make_methods(config, (config.memory_of,))[config.memory_of]
         if method:
             method()

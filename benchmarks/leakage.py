@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -22,20 +23,13 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from benchmarks.common import print_table, write_result
-from cases_v2 import load_case
-from layouts_v2 import find_cases
-from leakage_v2 import (
-    GRID,
-    SAME_SCAN,
-    Identity,
-    compare_thumbnails,
-    find_leakage,
-    fingerprint,
-    make_identity,
-)
-from make_phantom_v2 import FIRST_ID, make_phantom
-from utils_v2 import option, run_command
-from volumes_v2 import brain_mask
+from cohort.cases import load_case
+from cohort.fingerprints import GRID, fingerprint
+from cohort.layouts import CaseSource, find_cases
+from cohort.leakage import SAME_SCAN, Identity, compare_thumbnails, find_leakage, identify_case
+from cohort.phantom import FIRST_ID, make_phantom
+from cohort.preprocess import brain_mask
+from runtime.command import run_command
 
 COHORTS = (1251, 335)  # BraTS 2021 and BraTS 2019: what the time is extrapolated to
 Disguise = Callable[[np.ndarray], np.ndarray]
@@ -62,7 +56,7 @@ def resave(volume: np.ndarray, kind: type) -> np.ndarray:
         path.parent.mkdir()
         stored = volume.transpose(2, 1, 0)[::-1, ::-1].astype(kind)
         nib.save(nib.Nifti1Image(stored, np.diag([1.0, 1.0, 1.0, 1.0])), path)
-        return load_case(find_cases(folder)[0]).volume[0]
+        return load_case(find_cases(CaseSource(folder))[0]).volume[0]
 
 
 def unit(volume: np.ndarray) -> np.ndarray:
@@ -149,8 +143,10 @@ def revise(labels: np.ndarray | None) -> np.ndarray | None:
 
 def identify(scan: Scan) -> Identity:
     """Return the identity of a scan; the name is its case and its patient."""
-    case = dataclasses.make_dataclass("Named", ["case_id", "patient_id"])(scan.name, scan.name)
-    return make_identity(case, fingerprint(scan.intensities, scan.labels))
+    content = fingerprint(scan.intensities, scan.labels)
+    return identify_case(
+        SimpleNamespace(case_id=scan.name, patient_id=scan.name, aliases=(), fingerprint=content)
+    )
 
 
 def measure_disguise(name: str, scans: Sequence[Scan], known: Sequence[Identity]) -> dict[str, Any]:
@@ -224,9 +220,12 @@ def measure_time(scans: Sequence[Scan]) -> dict[str, float]:
 class LeakageConfig:
     """Settings of the measurement."""
 
-    data_dir: tuple[str, ...] | None = option(None, "folders of real cohorts; default: phantoms")
-    disguised: int = option(1000, "cases of each cohort to disguise at most, evenly taken")
-    phantoms: int = option(24, "phantoms in each style")
+    data_dir: tuple[str, ...] | None = None
+    """folders of real cohorts; default: phantoms"""
+    disguised: int = 1000
+    """cases of each cohort to disguise at most, evenly taken"""
+    phantoms: int = 24
+    """phantoms in each style"""
 
 
 def load_scans(config: LeakageConfig) -> dict[str, list[Scan]]:
@@ -243,7 +242,7 @@ def load_scans(config: LeakageConfig) -> dict[str, list[Scan]]:
         return cohorts
     cohorts = {}
     for number, folder in enumerate(config.data_dir):
-        cases = find_cases(folder)
+        cases = find_cases(CaseSource(folder))
         loaded = ((case, load_case(case)) for case in tqdm(cases, desc="reading", leave=False))
         cohorts[f"cohort {number + 1}"] = [
             Scan(case.case_id, one.volume[0], one.labels) for case, one in loaded

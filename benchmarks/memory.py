@@ -12,8 +12,9 @@ import torch
 
 from benchmarks.common import print_table, write_result
 from model_drunet_v2 import WIDTHS, DRUNetV2, count_parameters, estimate_activation_bytes
-from probe_v2 import try_step
-from utils_v2 import amp_dtype, choose_device, option, run_command
+from runtime.command import run_command
+from runtime.machine import amp_dtype, choose_device
+from runtime.probe import Batch, try_step
 
 NOT_MEASURED = "not measured"
 
@@ -22,26 +23,27 @@ NOT_MEASURED = "not measured"
 class MemoryConfig:
     """Settings of the measurement."""
 
-    widths: tuple[int, ...] = option(WIDTHS, "filters per level")
-    size: int = option(256, "height and width of a slab")
-    batch_size: int = option(16, "slabs a step")
-    device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
-    seed: int = option(0, "unused: a step on zeros needs no luck")
+    widths: tuple[int, ...] = WIDTHS
+    """filters per level"""
+    size: int = 256
+    """height and width of a slab"""
+    batch_size: int = 16
+    """slabs a step"""
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """where to compute"""
 
 
-def measure_peak_gib(
-    network: DRUNetV2, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype | None
-) -> float | str:
+def measure_peak_gib(network: DRUNetV2, batch: Batch) -> float | str:
     """Return the peak of a step in GiB, weights, gradients and optimiser included; a word without a card."""
-    if device.type != "cuda":
+    if batch.device.type != "cuda":
         return NOT_MEASURED
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.reset_peak_memory_stats(batch.device)
     try:
-        try_step(network, network, shape, device, dtype)
+        try_step(network, network, batch)
     except torch.cuda.OutOfMemoryError:
         return "does not fit"
-    return torch.cuda.max_memory_allocated(device) / 2**30
+    return torch.cuda.max_memory_allocated(batch.device) / 2**30
 
 
 def measure(config: MemoryConfig) -> list[dict[str, Any]]:
@@ -65,7 +67,7 @@ def measure(config: MemoryConfig) -> list[dict[str, Any]]:
         row = {"step": name, "saved GiB": kept, "recomputed GiB": level if network.checkpointing else 0.0}
         row |= {"weights GiB": weights, "sum GiB": sum(row[key] for key in list(row)[1:]) + weights}
         network.to(device, memory_format=torch.channels_last)
-        rows.append(row | {"peak GiB": measure_peak_gib(network, shape, device, dtype)})
+        rows.append(row | {"peak GiB": measure_peak_gib(network, Batch(shape, device, dtype))})
     for row in rows:
         row["saved, of float32"] = row["saved GiB"] / rows[0]["saved GiB"]
     return rows

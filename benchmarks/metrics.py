@@ -21,7 +21,7 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
 from benchmarks.common import print_table, time_pairs, write_result
-from make_phantom_v2 import make_phantom
+from cohort.phantom import make_phantom
 from utils_v2 import surface_metrics
 
 SHAPE, SPACING_MM, TOLERANCE_MM = (155, 240, 240), (1.0, 1.0, 1.0), 1.0

@@ -8,6 +8,7 @@ our network is what inference_v2.py runs, batch norm folded; as trained it stand
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,18 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from backends_v2 import FixedBatch, compile_prepared, prepare_network
 from benchmarks.common import print_table, time_pairs, write_result
-from model_drunet_v2 import WIDTHS, DRUNetV2
-from utils_v2 import (
-    HybridFocalDiceLoss,
-    InputError,
-    amp_dtype,
-    choose_device,
-    option,
-    run_command,
-    set_seed,
-)
+from model_drunet_v2 import WIDTHS, DRUNetV2, prepare_network
+from runtime.command import run_command
+from runtime.errors import InputError
+from runtime.machine import amp_dtype, choose_device, set_seed
+from runtime.probe import Batch, compile_network, try_pass
+from utils_v2 import HybridFocalDiceLoss
 
 OURS, MONAI = "DRUNet V2", "MONAI AttentionUnet"
 
@@ -36,15 +32,24 @@ OURS, MONAI = "DRUNet V2", "MONAI AttentionUnet"
 class StepConfig:
     """Settings of the comparison."""
 
-    widths: tuple[int, ...] = option(WIDTHS, "filters per level of both networks")
-    size: int = option(256, "height and width of a slab")
-    batch_size: int | None = option(None, "slabs a step; default: 16 on CUDA, 4 elsewhere")
-    steps: int = option(2, "steps a timing")
-    repeats: int = option(5, "rounds of timings")
-    amp: bool = option(True, "mixed precision where the device has it")
-    compile: bool = option(False, "both networks compiled as well, where that works; takes minutes")
-    device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "where to compute")
-    seed: int = option(0, "seed of weights and slabs")
+    widths: tuple[int, ...] = WIDTHS
+    """filters per level of both networks"""
+    size: int = 256
+    """height and width of a slab"""
+    batch_size: int | None = None
+    """slabs a step; default: 16 on CUDA, 4 elsewhere"""
+    steps: int = 2
+    """steps a timing"""
+    repeats: int = 5
+    """rounds of timings"""
+    amp: bool = True
+    """mixed precision where the device has it"""
+    compile: bool = False
+    """both networks compiled as well, where that works; takes minutes"""
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """where to compute"""
+    seed: int = 0
+    """seed of weights and slabs"""
 
 
 def make_networks(widths: tuple[int, ...], device: torch.device) -> dict[str, nn.Module]:
@@ -52,7 +57,9 @@ def make_networks(widths: tuple[int, ...], device: torch.device) -> dict[str, nn
     try:
         from monai.networks.nets import AttentionUnet
     except ImportError as error:
-        raise InputError("MONAI is needed to compare with: pip install -r requirements-dev.txt") from error
+        raise InputError(
+            "monai", "is needed to compare with", "pip install -r requirements-dev.txt"
+        ) from error
     networks = {OURS: DRUNetV2(widths=widths), f"{OURS}, checkpointing": DRUNetV2(widths=widths)}
     networks[f"{OURS}, checkpointing"].checkpointing = True
     networks[MONAI] = AttentionUnet(2, 3, 1, widths, (2,) * (len(widths) - 1))
@@ -140,9 +147,10 @@ def measure(config: StepConfig) -> dict[str, Any]:
     }
     if config.compile:
         for name in (OURS, MONAI):
-            forward, line = compile_prepared(copy.deepcopy(ready[name]).eval(), slab.shape, device, dtype)
-            print(f"{name}: {line}")
-            if isinstance(forward, FixedBatch):  # else it could not be compiled
+            network = copy.deepcopy(ready[name]).eval()
+            first_pass = functools.partial(try_pass, batch=Batch(tuple(slab.shape), device, dtype))
+            forward = compile_network(network, first_pass, freeze=True)
+            if forward is not network:  # else it could not be compiled
                 ready[f"{name}, compiled"] = forward
     predictors = {name: make_predictor(net, slab, dtype, config.steps) for name, net in ready.items()}
     rows += compare(predictors, "inference", batch * config.steps, config.repeats)

@@ -1,8 +1,13 @@
 """Data and helpers the tests share: phantom cohorts, writers of tiny cases, what an InputError must be."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the suite's processes share the cores; read when torch is imported
 
 import nibabel as nib
 import numpy as np
@@ -10,9 +15,9 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from cases_v2 import Case
-from make_phantom_v2 import write_cohort
-from utils_v2 import InputError
+from cohort.cases import Case
+from cohort.phantom import write_cohort
+from runtime.errors import InputError
 
 # No deadline: a busy machine is no defect. Derandomized: a red run is red again when it is looked into.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
@@ -27,7 +32,7 @@ LPS_1MM = np.diag([-1.0, -1.0, 1.0, 1.0])
 def phantom_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 8 internal phantoms with 4 modalities and labels, (16, 48, 48) at (10, 5, 5) mm."""
     folder = tmp_path_factory.mktemp("data") / "phantoms"
-    write_cohort(folder, 8, 0, COHORT_SHAPE, COHORT_SPACING_MM, "internal", progress=False)
+    write_cohort(folder, 8, 0, COHORT_SHAPE, COHORT_SPACING_MM, "internal")
     return folder
 
 
@@ -35,7 +40,7 @@ def phantom_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def external_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 3 phantoms in the external style, of the shape and spacing of `phantom_cohort`."""
     folder = tmp_path_factory.mktemp("data") / "external"
-    write_cohort(folder, 3, 0, COHORT_SHAPE, COHORT_SPACING_MM, "external", progress=False)
+    write_cohort(folder, 3, 0, COHORT_SHAPE, COHORT_SPACING_MM, "external")
     return folder
 
 

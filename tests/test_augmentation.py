@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from augmentation_v2 import BIAS_GRID, BiasField, TumourContrast, build_augmentation
+from cohort.augmentation import BIAS_GRID, BiasField, TumourContrast, build_augmentation
 
 SIDE = 64
 
@@ -50,6 +50,27 @@ def test_a_bias_field_stays_in_range_and_leaves_a_constant_slab():
     assert max(under_field(bright, seed).max() for seed in range(20)) == 1
     constant = np.full((SIDE, SIDE, 2), 0.4, np.float32)
     assert (under_field(constant, 3) == constant).all()
+
+
+def test_brightness_and_contrast_are_a_factor_and_an_offset_within_their_limits_clipped_to_0_1():
+    (transform,) = (each for each in build_augmentation().transforms if "Brightness" in type(each).__name__)
+    assert transform.p == 0.5
+    transform.p = 1
+    transform.set_random_seed(0)
+    image = np.full((SIDE, SIDE, 3), 0.5, np.float32)
+    image[:8], image[8:16], image[16:24] = 0.4, 0, 1
+    factors, offsets = [], []
+    for _ in range(300):
+        out = transform(image=image)["image"]
+        assert out.dtype == np.float32
+        factor = (out[40, 0, 0] - out[0, 0, 0]) / 0.1
+        offset = out[40, 0, 0] - factor * 0.5
+        expected = np.clip(image * factor + offset, 0, 1)
+        np.testing.assert_allclose(out, expected, atol=1e-5)  # the same in all slices of the slab
+        factors.append(factor)
+        offsets.append(offset)
+    assert (min(factors), max(factors)) == pytest.approx((0.75, 1.25), abs=0.01)
+    assert (min(offsets), max(offsets)) == pytest.approx((-0.08, 0.08), abs=0.004)
 
 
 def with_contrast(

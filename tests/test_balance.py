@@ -19,9 +19,11 @@ from PIL import Image
 from scipy import ndimage
 
 import dataset_balance_v2
-from augmentation_v2 import TumourContrast
-from cache_v2 import PreparedCase, open_entry, write_entry
-from cases_v2 import Case
+from cohort.augmentation import TumourContrast
+from cohort.cache import PreparedCase, open_entry, write_entry
+from cohort.cases import Case
+from cohort.layouts import CaseSource
+from cohort.preprocess import Z_RANGE, fit_slices, gather_slab, place_slices
 from dataset_balance_v2 import (
     BalanceConfig,
     BalancedSampler,
@@ -32,7 +34,6 @@ from dataset_balance_v2 import (
     slice_table,
     warn_of_crop,
 )
-from volumes_v2 import Z_RANGE, fit_slices, gather_slab, place_slices
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOW, HIGH = Z_RANGE
@@ -46,18 +47,15 @@ def prepared(brain_voxels: tuple[int, ...], region_voxels: tuple[tuple[int, ...]
     """Return a case of counts alone."""
     box = ((0, 1), (0, 1), (0, 1))
     counts = (brain_voxels, region_voxels)
-    return PreparedCase("x", "x", "made", Path(), (1, 1, 1), "", *counts, (1, 1, 1), box, box, (0.0,))
+    return PreparedCase("x", "x", "made", (), Path(), (1, 1, 1), {}, *counts, (1, 1, 1), box, box, (0.0,))
 
 
 def store(folder: Path, volume: np.ndarray, reference: np.ndarray) -> PreparedCase:
     """Return the prepared case of these arrays, with 500 brain voxels a slice."""
-    facts = {"spacing_mm": (1, 1, 1), "fingerprint": {}, "brain_voxels": [500] * volume.shape[1]}
-    facts["region_voxels"] = reference.sum((2, 3)).tolist()
-    return open_entry(
-        Case("x", "x", "made", "brats2021", "brats", {}, ()),
-        folder / "entry",
-        write_entry(folder / "entry", volume, reference, facts),
-    )
+    masks = np.concatenate([np.zeros_like(reference[:1]), reference])
+    facts = write_entry(folder / "entry", volume, masks, (1, 1, 1), {})
+    facts["brain_voxels"] = [500] * volume.shape[1]
+    return open_entry(Case("x", "x", "made", "brats2021", "brats", {}, ()), folder / "entry", facts)
 
 
 def test_slice_table_by_hand():
@@ -181,29 +179,30 @@ def test_without_augmentation_a_slab_is_what_prediction_sees(random_case, size):
         ((0, 80), 63, None),  # 80 is above 1.25 x 63: resized as a whole
     ],
 )
-def test_a_crop_that_cuts_tumour_off_is_told(tmp_path, tumour, size, enough):
+def test_a_crop_that_cuts_tumour_off_is_logged(tmp_path, caplog, tumour, size, enough):
     reference = np.zeros((1, 3, 40, 80), bool)
     reference[:, 1, 5:9, tumour[0] : tumour[1]] = True
     case = store(tmp_path / "wide", np.zeros((1, 3, 40, 80), np.float16), reference)
     healthy = store(tmp_path / "healthy", np.zeros((1, 3, 40, 80), np.float16), reference & False)
-    warning = warn_of_crop([healthy, case], size)
-    if enough is None:
-        assert warning is None
-    else:
-        assert f"--size {size} cuts tumour off 1 of 2 cases, first x; --size {enough} keeps it" in warning
+    warn_of_crop([healthy, case], size)
+    warning = f"--size {size} cuts tumour off 1 of 2 cases, first x; --size {enough} keeps it"
+    assert caplog.messages == ([] if enough is None else [warning])
     fitted = fit_slices(reference[:, 1], place_slices(40, 80, size), is_mask=True)
     if size != 63:
-        assert (warning is not None) == (fitted.sum() < reference.sum())
+        assert bool(caplog.messages) == (fitted.sum() < reference.sum())
 
 
-def test_the_size_advised_keeps_tumour_of_cases_that_were_resized_before(tmp_path):
+def test_the_size_advised_keeps_tumour_of_cases_that_were_resized_before(tmp_path, caplog):
     cases = []
     for side in (70, 85):  # 85 is above 1.25 x 64, and not above 1.25 x 80
         reference = np.ones((1, 1, side, side), bool)
         cases.append(store(tmp_path / str(side), np.zeros((1, 1, side, side), np.float16), reference))
-    assert "1 of 2 cases, first x; --size 96 keeps it" in warn_of_crop(cases, 64)
-    assert "--size 128 keeps it" in warn_of_crop(cases, 64, multiple=64)
-    assert warn_of_crop(cases, 96) is None
+    warn_of_crop(cases, 64)
+    warn_of_crop(cases, 64, multiple=64)
+    warn_of_crop(cases, 96)
+    first, second = caplog.messages
+    assert "1 of 2 cases, first x; --size 96 keeps it" in first
+    assert "--size 128 keeps it" in second
 
 
 def test_the_target_is_that_of_the_middle_slice(tmp_path):
@@ -312,12 +311,12 @@ import hashlib
 import json
 import sys
 
-from cache_v2 import prepare_cases
+from cohort.cache import prepare_cases
 from dataset_balance_v2 import BalancedSampler, SlabDataset, balance_slices, make_train_loader, slice_table
-from layouts_v2 import find_cases
+from cohort.layouts import CaseSource, find_cases
 
 if __name__ == "__main__":
-    cases = prepare_cases(find_cases(sys.argv[1])[:3], ("flair",), ("WT",), sys.argv[2])
+    cases = prepare_cases(find_cases(CaseSource(sys.argv[1]))[:3], ("flair",), ("WT",), sys.argv[2])
     table = slice_table(cases, ("WT",))
     hashes = {}
     for name, workers, start_method in (("none", 0, None), ("fork", 2, "fork"), ("spawn", 2, "spawn")):
@@ -403,7 +402,7 @@ def test_the_plot_shows_what_is_printed(phantom_cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_balance_v2, "plot_balance", lambda *arguments: drawn.extend(arguments))
     dataset_balance_v2.main(
         BalanceConfig(
-            data_dir=str(phantom_cohort), cache_dir=str(tmp_path), tumour_share=0.25, output="x.png"
+            cases=CaseSource(str(phantom_cohort)), cache_dir=str(tmp_path), tumour_share=0.25, output="x.png"
         )
     )
     before, after, path = drawn

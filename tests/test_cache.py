@@ -1,29 +1,43 @@
-"""The cache: the same pixels with and without it, keys by content, many writers, damage, its limit."""
+"""The cache: the same pixels with and without it, keys by content, many writers, damage, a full disk."""
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-import cache_entry_v2
-import cache_v2
-from cache_entry_v2 import box_around, crop_volume, pack_regions, unpack_regions, write_entry
-from cache_v2 import PreparedCase, clear_cache, open_entry, prepare_case, prepare_cases
-from cases_v2 import Case, load_case, regions_from_labels
+import final_evaluation_v2
+from audit.statistics import summarise_calibration
+from cohort import cache as cache_module
+from cohort.cache import (
+    PreparedCase,
+    box_around,
+    clear_cache,
+    find_box,
+    open_entry,
+    prepare_cases,
+    prepare_for_all_ranks,
+    write_entry,
+)
+from cohort.cases import Case, load_case
+from cohort.fingerprints import fingerprint, hash_image
+from cohort.labels import regions_from_labels
+from cohort.layouts import CaseSource, find_cases
+from cohort.preprocess import BRAIN_SLICE_VOXELS, brain_mask, gather_slab, normalise_volume
 from dataset_balance_v2 import BalanceConfig, main
-from layouts_v2 import find_cases
-from volumes_v2 import BRAIN_SLICE_VOXELS, gather_slab, normalise_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -43,7 +57,7 @@ def case(tmp_path, write_nifti) -> Case:
     labels[4, 18:20, 18:20] = 4
     for name, array in (("flair", make_head()), ("t1", make_head(1)), ("seg", labels)):
         write_nifti(tmp_path / "in" / f"x_{name}.nii.gz", array.astype(np.int16).transpose(2, 1, 0))
-    return find_cases(tmp_path / "in")[0]
+    return find_cases(CaseSource(tmp_path / "in"))[0]
 
 
 @pytest.fixture
@@ -51,8 +65,11 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-def prepare(case: Case, cache: Path) -> PreparedCase:
-    return prepare_case(case, ("flair",), ("WT", "ET"), cache)
+def prepare(
+    case: Case, cache: Path, modalities: Sequence[str] = ("flair",), regions: Sequence[str] = ("WT", "ET")
+) -> PreparedCase:
+    """Return one case prepared."""
+    return prepare_cases([case], modalities, regions, cache)[0]
 
 
 def entries(cache: Path) -> set[str]:
@@ -60,10 +77,9 @@ def entries(cache: Path) -> set[str]:
     return {path.name for path in (cache / "entries").iterdir()}
 
 
-def stored(volume: np.ndarray, reference: np.ndarray, folder: Path) -> PreparedCase:
-    """Return the prepared case of an entry written from arrays."""
-    facts = {"spacing_mm": (1, 1, 1), "fingerprint": {}, "brain_voxels": [0] * volume.shape[1]}
-    facts = write_entry(folder, volume, reference, facts | {"region_voxels": reference.sum((2, 3)).tolist()})
+def stored(volume: np.ndarray, masks: np.ndarray, folder: Path) -> PreparedCase:
+    """Return the prepared case of an entry written from arrays; the first mask is the brain."""
+    facts = write_entry(folder, volume, masks, (1, 1, 1), {})
     return open_entry(Case("x", "x", "x", "brats2021", "brats", {}, ()), folder, facts)
 
 
@@ -73,22 +89,25 @@ def stored(volume: np.ndarray, reference: np.ndarray, folder: Path) -> PreparedC
 
 
 def test_a_prepared_case_holds_what_reading_and_normalising_give(case, cache):
-    prepared = prepare_case(case, ("flair", "t1"), ("WT", "ET"), cache)
+    prepared = prepare(case, cache, ("flair", "t1"))
     loaded = load_case(case, ("flair", "t1"))
-    scores, brain_voxels = normalise_volume(loaded.volume)
+    scores, brain = normalise_volume(loaded.volume)
     assert prepared.volume.dtype == np.float16
     assert (prepared.volume.astype(np.float32).view(np.int32) == scores.view(np.int32)).all()  # bit for bit
     assert prepared.reference.dtype == np.bool_
     assert (prepared.reference == regions_from_labels(loaded.labels, "brats", ("WT", "ET"))).all()
-    assert prepared.brain_voxels == tuple(brain_voxels.tolist())
+    assert prepared.brain.dtype == np.bool_
+    assert (prepared.brain == brain).all()
+    assert prepared.brain_voxels == tuple(brain.sum((1, 2)).tolist())
     assert prepared.region_voxels == ((0, 0, 0, 16, 4, 0, 0, 0), (0, 0, 0, 0, 4, 0, 0, 0))
+    assert prepared.reference_box == ((3, 5), (18, 22), (18, 22))
     assert prepared.spacing_mm == (1.0, 1.0, 1.0)
     assert (prepared.case_id, prepared.patient_id, prepared.cohort) == ("x", "x", "in")
 
 
 @pytest.mark.parametrize("context", [0, 1, 3])
 def test_every_slab_is_that_of_the_uncached_volume(case, cache, context):
-    prepared = prepare_case(case, ("flair", "t1"), ("WT", "ET"), cache)
+    prepared = prepare(case, cache, ("flair", "t1"))
     loaded = load_case(case, ("flair", "t1"))
     scores, _ = normalise_volume(loaded.volume)
     reference = regions_from_labels(loaded.labels, "brats", ("WT", "ET"))
@@ -108,25 +127,28 @@ def test_a_slab_outside_the_volume_is_an_error(case, cache, z):
         prepare(case, cache).slab(z, 1)
 
 
-SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 11))
 VALUES = st.sampled_from([0.0, -0.0, -4.0, 8.0, 0.333251953125])
 
 
 @given(data=st.data(), shape=SHAPES, background=VALUES)
 def test_cropping_loses_nothing(tmp_path_factory, data, shape, background):
     volume = np.full(shape, background, np.float16)
-    reference = np.zeros((2, *shape[1:]), bool)
+    masks = np.zeros((3, *shape[1:]), bool)
     for _ in range(data.draw(st.integers(0, 4))):  # a few voxels of their own, so that boxes are smaller
         index = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
         volume[index] = data.draw(VALUES)
-        reference[(data.draw(st.integers(0, 1)), *index[1:])] = True
-    prepared = stored(volume, reference, tmp_path_factory.mktemp("cache") / "entries" / "x")
+        mask_index = [data.draw(st.integers(0, size - 1)) for size in shape[1:]]
+        masks[(data.draw(st.integers(0, 2)), *mask_index)] = True
+    prepared = stored(volume, masks, tmp_path_factory.mktemp("cache") / "entries" / "x")
     assert (prepared.volume.view(np.uint16) == volume.view(np.uint16)).all()
-    assert (prepared.reference == reference).all()
+    assert (prepared.brain == masks[0]).all()
+    assert (prepared.reference == masks[1:]).all()
+    assert prepared.brain_voxels == tuple(masks[0].sum((1, 2)).tolist())
     z = data.draw(st.integers(0, shape[1] - 1))
     slab = gather_slab(volume, z, 1).astype(np.float32)
     assert (prepared.slab(z, 1).view(np.int32) == slab.view(np.int32)).all()
-    assert (prepared.reference_slice(z) == reference[:, z]).all()
+    assert (prepared.reference_slice(z) == masks[1:, z]).all()
 
 
 def test_boxes_by_hand():
@@ -136,26 +158,23 @@ def test_boxes_by_hand():
     assert box_around(mask) == ((1, 3), (2, 3), (3, 6))
     volume = np.full((2, 4, 5, 6), -1.5, np.float16)
     volume[1] = 0.25
+    masks = np.zeros((3, 4, 5, 6), bool)
+    assert find_box(volume, masks) == ((0, 1), (0, 1), (0, 1))
     volume[0, 3, 1, 1] = 2
     volume[1, 1, 4, 0] = 2
-    cropped, box, background = crop_volume(volume)
-    assert box == ((1, 4), (1, 5), (0, 2))
-    assert background == (-1.5, 0.25)
-    assert cropped.shape == (2, 3, 4, 2)
-
-
-@given(reference=hnp.arrays(bool, st.tuples(st.integers(1, 8), *[st.integers(1, 4)] * 3)))
-def test_packed_regions_come_back(reference):
-    assert (unpack_regions(pack_regions(reference), len(reference)) == reference).all()
+    assert find_box(volume, masks) == ((1, 4), (1, 5), (0, 2))
+    masks[2, 2, 0, 4] = True
+    assert find_box(volume, masks) == ((1, 4), (0, 5), (0, 5))
 
 
 def test_an_entry_holds_the_box_alone(case, cache):
     prepared = prepare(case, cache)
-    head = make_head() > 0
-    assert prepared.box == box_around(head)
-    bytes_in_box = np.prod([end - first for first, end in prepared.box]) * 2
-    assert (prepared.folder / "volume.npy").stat().st_size == 128 + bytes_in_box
-    assert (prepared.folder / "reference.npy").stat().st_size == 128 + 2 * 4 * 4
+    inside = np.argwhere(make_head() > 0)
+    assert prepared.box == tuple(zip(inside.min(0), inside.max(0) + 1, strict=True))
+    depth, height, width = inside.max(0) - inside.min(0) + 1
+    assert (prepared.folder / "volume.npy").stat().st_size == 128 + 2 * depth * height * width
+    # brain, WT and ET, a bit a voxel in whole bytes a row
+    assert (prepared.folder / "masks.npy").stat().st_size == 128 + 3 * depth * height * math.ceil(width / 8)
 
 
 def test_changing_a_slab_does_not_change_the_cache(case, cache):
@@ -166,6 +185,32 @@ def test_changing_a_slab_does_not_change_the_cache(case, cache):
     prepared.reference_slice(3)[:] = True
     assert (prepared.folder / "volume.npy").read_bytes() == before
     assert prepared.slab(3, 1).max() != 7
+
+
+def test_the_brain_is_that_of_the_raw_intensities_of_the_first_modality(phantom_cohort, cache):
+    cases = find_cases(CaseSource(phantom_cohort))[:2]
+    of_scores = []
+    for case, prepared in zip(cases, prepare_cases(cases, ("flair", "t1"), ("WT",), cache), strict=True):
+        brain = brain_mask(load_case(case, ("flair",)).volume[0])
+        assert (prepared.brain == brain).all()
+        assert prepared.brain_voxels == tuple(brain.sum((1, 2)).tolist())
+        of_scores.append((brain_mask(prepared.volume[0].astype(np.float32)) == brain).all())
+    assert not any(of_scores)  # clipped z-scores have another brain
+
+
+def test_the_audit_calibrates_over_the_brain_of_the_validation_cases(phantom_cohort, cache, monkeypatch):
+    prepared = prepare_cases(find_cases(CaseSource(phantom_cohort))[:3], ("flair",), ("WT",), cache)
+    model = SimpleNamespace(regions=("WT",), thresholds=(0.5,), checkpoint={})
+
+    def predict_half(_model: object, volume: np.ndarray, *_: object) -> np.ndarray:
+        return np.full((3, 1, *volume.shape[1:]), 0.5, np.float32)
+
+    monkeypatch.setattr(final_evaluation_v2, "predict_views", predict_half)
+    audits = [final_evaluation_v2.evaluate_case(model, "validation", case, 16) for case in prepared]
+    for mode in ("plain", "tta"):
+        table = summarise_calibration(sum(audit.bins[mode][0] for audit in audits))
+        assert table["n_voxels"] == sum(sum(case.brain_voxels) for case in prepared)
+    assert not final_evaluation_v2.evaluate_case(model, "internal", prepared[0], 16).bins["tta"].any()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,14 +227,14 @@ def decoded(monkeypatch) -> list[str]:
         ids.append(case.case_id)
         return load_case(case, *arguments)
 
-    monkeypatch.setattr(cache_v2, "load_case", load_and_note)
+    monkeypatch.setattr(cache_module, "load_case", load_and_note)
     return ids
 
 
 def test_the_second_time_nothing_is_read(case, cache, decoded, monkeypatch):
     first = prepare(case, cache)
     assert decoded == ["x"]
-    monkeypatch.setattr(cache_v2, "file_sha256", None)
+    monkeypatch.setattr(cache_module, "file_sha256", None)  # would raise
     assert prepare(case, cache) == first
     assert decoded == ["x"]
 
@@ -203,7 +248,7 @@ def test_a_touched_moved_or_renamed_case_is_found_again(case, cache, decoded, tm
     moved.mkdir()
     for name in ("flair", "seg"):
         shutil.copy(tmp_path / "in" / f"x_{name}.nii.gz", moved / f"y_{name}.nii.gz")
-    renamed = prepare(find_cases(moved)[0], cache)
+    renamed = prepare(find_cases(CaseSource(moved))[0], cache)
     assert dataclasses.replace(renamed, case_id="x", patient_id="x", cohort="in") == first
     assert (renamed.case_id, renamed.patient_id, renamed.cohort) == ("y", "y", "elsewhere")
     assert decoded == ["x"]
@@ -212,7 +257,7 @@ def test_a_touched_moved_or_renamed_case_is_found_again(case, cache, decoded, tm
 def test_a_file_rewritten_within_its_size_is_read_anew(cache, tmp_path, write_nifti):
     path = write_nifti(tmp_path / "in" / "x_flair.nii", make_head().transpose(2, 1, 0))
     write_nifti(tmp_path / "in" / "x_seg.nii", np.zeros((40, 40, 8), np.uint8))
-    case = find_cases(tmp_path / "in")[0]
+    case = find_cases(CaseSource(tmp_path / "in"))[0]
     before, size = prepare(case, cache), path.stat().st_size
     write_nifti(path, make_head(5).transpose(2, 1, 0))
     os.utime(path, ns=(0, 12345))  # whatever the clock's resolution
@@ -237,12 +282,16 @@ def test_other_modalities_regions_and_channels_have_entries_of_their_own(case, c
         (("flair",), ("ET",)),
         (("flair",), ("WT", "ET")),
     ]
-    folders = {prepare_case(case, *combination, cache).folder for combination in combinations}
+    folders = {prepare(case, cache, *combination).folder for combination in combinations}
     assert len(folders) == len(combinations)
     rgb = np.random.default_rng(0).integers(0, 255, (12, 12, 3), np.uint8)
     write_slices(tmp_path / "png", "c", {1: rgb}, {1: np.zeros((12, 12), np.uint8)})
     volumes = [
-        prepare_case(find_cases(tmp_path / "png", ("flair",), channel)[0], ("flair",), ("WT",), cache).volume
+        prepare(
+            find_cases(CaseSource(tmp_path / "png", slice_channel=channel), ("flair",))[0],
+            cache,
+            regions=("WT",),
+        ).volume
         for channel in (0, 1)
     ]
     assert (volumes[0] != volumes[1]).any()
@@ -251,7 +300,7 @@ def test_other_modalities_regions_and_channels_have_entries_of_their_own(case, c
 def test_another_reading_of_the_same_bytes_has_an_entry_of_its_own(case, cache, write_nifti):
     write_nifti(case.mask[0], np.ones((40, 40, 8), np.uint8))
     binary = dataclasses.replace(case, convention="binary")
-    folders = {prepare_case(found, ("flair",), ("WT",), cache).folder for found in (case, binary)}
+    folders = {prepare(found, cache, regions=("WT",)).folder for found in (case, binary)}
     assert len(folders) == 2
 
 
@@ -262,7 +311,7 @@ def test_cases_of_one_id_in_two_cohorts_do_not_share_an_entry(cache, tmp_path, w
         for name, array in (("flair", make_head(seed)), ("seg", np.zeros((8, 40, 40), np.uint8))):
             path = write_nifti(folder / f"x_{name}.nii", array.transpose(2, 1, 0))
             os.utime(path, ns=(10**18, 10**18))
-        prepared.append(prepare(find_cases(folder)[0], cache))
+        prepared.append(prepare(find_cases(CaseSource(folder))[0], cache))
     assert (prepared[0].volume != prepared[1].volume).any()
 
 
@@ -272,7 +321,8 @@ def test_a_resaved_image_is_known_by_its_content(case, cache, tmp_path, write_ni
         write_nifti(tmp_path / name / f"{name}_flair.nii", array)  # not compressed: other bytes
         write_nifti(tmp_path / name / f"{name}_seg.nii", np.zeros((40, 40, 8), np.uint8))
     original, copy, other = (
-        prepare(found, cache) for found in (case, *(find_cases(tmp_path / n)[0] for n in ("copy", "other")))
+        prepare(found, cache)
+        for found in (case, *(find_cases(CaseSource(tmp_path / n))[0] for n in ("copy", "other")))
     )
     assert original.folder != copy.folder
     assert original.fingerprint == copy.fingerprint
@@ -284,7 +334,7 @@ def test_a_resaved_image_is_known_by_its_content(case, cache, tmp_path, write_ni
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["volume.npy", "reference.npy", "facts.json"])
+@pytest.mark.parametrize("name", ["volume.npy", "masks.npy", "facts.json"])
 @pytest.mark.parametrize("how", ["missing", "cut"])
 def test_a_damaged_entry_is_made_anew(case, cache, decoded, name, how):
     prepared = prepare(case, cache)
@@ -297,7 +347,7 @@ def test_a_damaged_entry_is_made_anew(case, cache, decoded, name, how):
     assert entries(cache) == {prepared.folder.name}
 
 
-@pytest.mark.parametrize("failing", cache_entry_v2.ARRAYS)
+@pytest.mark.parametrize("failing", ["volume.npy", "masks.npy"])
 def test_a_write_that_fails_leaves_no_entry(case, cache, monkeypatch, failing):
     save = np.save
 
@@ -324,7 +374,7 @@ def test_of_two_writers_of_one_entry_the_first_stays(case, cache, monkeypatch):
             others.append((others[0].folder / "volume.npy").stat().st_ino)
         return load_case(*arguments)
 
-    monkeypatch.setattr(cache_v2, "load_case", read_while_another_prepares)
+    monkeypatch.setattr(cache_module, "load_case", read_while_another_prepares)
     prepared = prepare(case, cache)
     assert prepared == others[0]
     assert (prepared.folder / "volume.npy").stat().st_ino == others[1]
@@ -342,13 +392,15 @@ import sys
 
 import numpy as np
 
-import cache_v2
-from cache_v2 import prepare_cases
-from layouts_v2 import find_cases
-from utils_v2 import InputError
+from cohort.cache import prepare_cases
+from cohort.layouts import CaseSource, find_cases
+from runtime import processes
+from runtime.errors import InputError
 
 if __name__ == "__main__":
-    cohort, cache, workers, how = sys.argv[1:]
+    cohort, cache, cores, how = sys.argv[1:]
+    processes.count_cores = lambda: int(cores)
+    processes.ITEMS_A_PROCESS = 1
     if how == "killed":
         save, saved = np.save, []
 
@@ -362,7 +414,7 @@ if __name__ == "__main__":
 
         np.save = save_and_die
     try:
-        cases = prepare_cases(find_cases(cohort), ("flair",), ("WT",), cache, int(workers))
+        cases = prepare_cases(find_cases(CaseSource(cohort)), ("flair",), ("WT",), cache)
     except InputError as error:
         sys.exit(f"InputError: {error}")
     digest = hashlib.sha256()
@@ -374,14 +426,14 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def start(tmp_path, cache):
-    """Function (cohort, workers, how) that starts the script on the test's cache."""
+    """Function (cohort, cores, how) that starts the script on the test's cache."""
     script = tmp_path / "prepare.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     started = []
 
-    def start_script(cohort: Path, workers: int = 1, how: str = "whole") -> subprocess.Popen[str]:
-        command = [sys.executable, script, cohort, cache, str(workers), how]
+    def start_script(cohort: Path, cores: int = 1, how: str = "whole") -> subprocess.Popen[str]:
+        command = [sys.executable, script, cohort, cache, str(cores), how]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(list(map(str, command)), env=environment, text=True, **pipes))
         return started[-1]
@@ -399,18 +451,14 @@ def finish(process: subprocess.Popen[str]) -> dict[str, object]:
 
 
 def test_two_runs_that_build_at_once_get_what_one_alone_gets(start, phantom_cohort, tmp_path, cache):
-    alone = prepare_cases(find_cases(phantom_cohort), ("flair",), ("WT",), tmp_path / "alone")
-    results = [finish(process) for process in [start(phantom_cohort), start(phantom_cohort, workers=2)]]
+    alone = prepare_cases(find_cases(CaseSource(phantom_cohort)), ("flair",), ("WT",), tmp_path / "alone")
+    results = [finish(process) for process in [start(phantom_cohort), start(phantom_cohort, cores=2)]]
     assert results[0] == results[1]
     assert results[0]["entries"] == sorted(case.folder.name for case in alone)
     assert entries(cache) == set(results[0]["entries"])
-    again = prepare_cases(find_cases(phantom_cohort), ("flair",), ("WT",), cache)
+    again = prepare_cases(find_cases(CaseSource(phantom_cohort)), ("flair",), ("WT",), cache)
     for one, other in zip(alone, again, strict=True):
         assert (one.volume == other.volume).all()
-    assert list(
-        (cache / "runs").glob(f".*~{os.getpid()}~*")
-    )  # this process holds its entries, those are gone
-    assert len(list((cache / "runs").iterdir())) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
@@ -420,13 +468,16 @@ def test_what_a_killed_run_left_is_removed_and_what_it_finished_is_kept(
     process = start(phantom_cohort, how="killed")
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    assert len(list((cache / "entries").glob(".*"))) == 1  # the half-written second case
-    assert len(list((cache / "runs").iterdir())) == 1
-    cases = find_cases(phantom_cohort)[:3]
+    (left,) = (cache / "entries").glob(".*")  # the half-written second case
+    cases = find_cases(CaseSource(phantom_cohort))[:3]
     prepared = prepare_cases(cases, ("flair",), ("WT",), cache)
     assert decoded == ["BraTS2021_90001", "BraTS2021_90002"]
-    assert entries(cache) == {case.folder.name for case in prepared}
-    assert len(list((cache / "runs").iterdir())) == 1
+    folders = {case.folder.name for case in prepared}
+    assert entries(cache) == folders | {left.name}  # as far as anyone can see another run may still write it
+    for hours, names in ((23, folders | {left.name}), (25, folders)):
+        os.utime(left, (time.time() - hours * 3600,) * 2)
+        assert prepare_cases(cases, ("flair",), ("WT",), cache) == prepared
+        assert entries(cache) == names
     assert (prepared[1].volume == normalise_volume(load_case(cases[1]).volume)[0]).all()
 
 
@@ -435,86 +486,105 @@ def test_an_unreadable_case_is_an_input_error_in_a_process_of_its_own_too(start,
     shutil.copytree(phantom_cohort, broken)
     path = next(broken.glob("*90003/*_flair.nii.gz"))
     path.write_bytes(path.read_bytes()[:-100])
-    process = start(broken, workers=2)
+    process = start(broken, cores=2)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search(rf"^InputError: {re.escape(str(path))}: truncated or damaged", errors, re.M)
     assert "Traceback" not in errors
 
 
+def test_the_first_rank_of_a_machine_prepares_and_the_others_read(
+    phantom_cohort, cache, decoded, monkeypatch
+):
+    cases = find_cases(CaseSource(phantom_cohort))[:2]
+    waited = []
+    monkeypatch.setattr(cache_module, "wait_for_all", lambda: waited.append(list(decoded)))
+    first = prepare_for_all_ranks(cases, ("flair",), ("WT",), cache)
+    assert waited == [["BraTS2021_90000", "BraTS2021_90001"]]
+    clear_cache(cache)
+    monkeypatch.setattr(
+        cache_module, "wait_for_all", lambda: prepare_cases(cases, ("flair",), ("WT",), cache)
+    )
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    decoded.clear()
+    assert prepare_for_all_ranks(cases, ("flair",), ("WT",), cache) == first
+    assert len(decoded) == 2  # by the rank waited for
+
+
 # ------------------------------------------------------------------------------------------------------------
-# The limit, and the end
+# Cases as leakage needs them
 # ------------------------------------------------------------------------------------------------------------
 
 
-def size_gb(cache: Path) -> float:
-    return sum(path.stat().st_size for path in (cache / "entries").rglob("*") if path.is_file()) / 1e9
+def test_a_case_without_a_mask_is_prepared_for_its_fingerprint(case, cache):
+    aliases = ("TCGA_CS_4942",)
+    masked = prepare(dataclasses.replace(case, aliases=aliases), cache, regions=())
+    unmasked = prepare(dataclasses.replace(case, mask=()), cache, regions=())
+    whole = prepare(case, cache)
+    assert (masked.aliases, unmasked.aliases) == (aliases, ())
+    for prepared in (masked, unmasked):
+        assert prepared.region_voxels == ()
+        assert prepared.reference.shape == (0, 8, 40, 40)
+        assert prepared.reference_slice(3).shape == (0, 40, 40)
+        assert (prepared.volume == whole.volume).all()
+        assert (prepared.brain == whole.brain).all()
+    labels = load_case(case).labels
+    assert masked.fingerprint == whole.fingerprint == fingerprint(make_head(), labels)
+    assert unmasked.fingerprint == fingerprint(make_head(), None)
+    assert len({masked.folder, unmasked.folder, whole.folder}) == 3
 
 
-def forget_this_run(cache: Path) -> None:
-    """Let the entries of the cache look like those of a run that ended."""
-    for path in (cache / "runs").iterdir():
-        path.unlink()
+def test_the_fingerprint_is_of_flair_whatever_the_order(case, cache):
+    assert prepare(case, cache, ("t1", "flair")).fingerprint == prepare(case, cache).fingerprint
+    assert prepare(case, cache, ("t1",)).fingerprint["image_sha256"] == hash_image(make_head(1))
 
 
-def test_entries_unused_longest_go_first_and_none_that_is_needed(phantom_cohort, cache, capsys, input_error):
-    cases = find_cases(phantom_cohort)
-    first = prepare_cases(cases[:4], ("flair",), ("WT",), cache)
-    assert re.search(r"^cache: 4 cases, [\d.]+ GB, 4 made now; .* of 50 GB$", capsys.readouterr().out, re.M)
-    for age, case in zip((300, 100, 400, 200), first, strict=True):
-        os.utime(case.folder / "facts.json", (1e9 - age, 1e9 - age))
-    forget_this_run(cache)
-    limit = size_gb(cache) * 1.02  # equal phantoms differ by the size of their boxes
-    second = prepare_cases([cases[2], cases[4], cases[5]], ("flair",), ("WT",), cache, cache_gb=limit)
-    kept = entries(cache)
-    assert size_gb(cache) <= limit
-    assert {case.folder.name for case in second} <= kept
-    assert first[0].folder.name not in kept  # unused longest of those not needed
-    assert first[1].folder.name in kept  # used last
-    stamps = {path.read_text() for path in (cache / "stamps").iterdir()}
-    assert stamps == kept
-    with input_error("--cache-gb", "2 cases", "running commands"):  # this run holds the second lot
-        prepare_cases(cases[6:8], ("flair",), ("WT",), cache, cache_gb=size_gb(cache) * 1.02)
-    assert {case.folder.name for case in second} <= entries(cache)
+# ------------------------------------------------------------------------------------------------------------
+# Room, and the end
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_another_run_needs_stays(phantom_cohort, cache, input_error):
-    cases = find_cases(phantom_cohort)
-    held = prepare_cases(cases[:3], ("flair",), ("WT",), cache)
-    (own,) = (cache / "runs").iterdir()
-    own.rename(own.with_name(own.name.replace(f"~{os.getpid()}~", f"~{os.getppid()}~")))  # another, alive
-    cache_v2._RUNS.clear()
-    with input_error("--cache-gb", "taken by running commands"):
-        prepare_cases(cases[3:5], ("flair",), ("WT",), cache, cache_gb=size_gb(cache) * 1.1)
-    assert {case.folder.name for case in held} <= entries(cache)
-    with input_error("--cache-dir", "wait"):
-        clear_cache(cache)
-    assert {case.folder.name for case in held} <= entries(cache)
+def test_the_log_says_what_was_made(phantom_cohort, cache, caplog):
+    cases = find_cases(CaseSource(phantom_cohort))[:3]
+    caplog.set_level("INFO", "drunet")
+    size = sum(
+        path.stat().st_size
+        for case in prepare_cases(cases[:1], ("flair",), ("WT",), cache)
+        for path in case.folder.glob("*.npy")
+    )
+    prepare_cases(cases, ("flair",), ("WT",), cache)
+    prepare_cases(cases[:1], ("flair",), ("WT",), cache)
+    assert [line.rpartition(", ")[2] for line in caplog.messages] == [
+        "1 made now",
+        "2 made now",
+        "0 made now",
+    ]
+    assert caplog.messages[2] == f"cache: 1 cases, {size / 1e9:.3g} GB in {cache}, 0 made now"
 
 
-def test_cases_that_do_not_fit_are_told_before_all_are_built(phantom_cohort, cache, input_error, decoded):
-    with input_error("--cache-gb 1e-06", "8 cases", "raise the limit"):
-        prepare_cases(find_cases(phantom_cohort), ("flair",), ("WT",), cache, cache_gb=1e-6)
-    assert len(decoded) == 1
-    with input_error("--cache-gb 1e-06"):  # known at once
-        prepare_cases(find_cases(phantom_cohort)[:1], ("flair",), ("WT",), cache, cache_gb=1e-6)
-    assert len(decoded) == 1
-
-
-def test_a_full_disk_is_told_before_all_are_built(phantom_cohort, cache, input_error, monkeypatch):
-    monkeypatch.setattr(cache_v2, "CASES_TO_ESTIMATE", 2)
-    usage = shutil.disk_usage(phantom_cohort)._replace(free=10_000)
+def test_a_full_disk_is_told_after_the_first_case(
+    phantom_cohort, cache, input_error, monkeypatch, decoded, tmp_path
+):
+    cases = find_cases(CaseSource(phantom_cohort))
+    (one,) = prepare_cases(cases[:1], ("flair",), ("WT",), tmp_path / "other")
+    size = sum(path.stat().st_size for path in one.folder.glob("*.npy"))
+    decoded.clear()
+    usage = shutil.disk_usage(phantom_cohort)._replace(free=7 * size - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with input_error("--cache-dir", cache, "1e-05 GB to spare"):
-        prepare_cases(find_cases(phantom_cohort), ("flair",), ("WT",), cache)
-    assert len(entries(cache)) == 2
+    words = (f"7 more cases need about {7 * size / 1e9:.3g} GB", f"{usage.free / 1e9:.3g} GB free")
+    with input_error(f"--cache-dir {cache}", *words, "--clear-cache"):
+        prepare_cases(cases, ("flair",), ("WT",), cache)
+    assert decoded == ["BraTS2021_90000"]
+    assert len(entries(cache)) == 1
+    assert len(prepare_cases(cases[:7], ("flair",), ("WT",), cache)) == 7  # the other six fit
 
 
-def test_the_command_removes_the_cache_and_nothing_else(case, cache, capsys, input_error, tmp_path):
+def test_the_command_removes_the_cache_and_nothing_else(case, cache, caplog, input_error, tmp_path):
+    caplog.set_level("INFO", "drunet")
     prepare_cases([case], ("flair",), ("WT",), cache)
     (cache / "notes.txt").write_text("mine")
     main(BalanceConfig(cache_dir=str(cache), clear_cache=True))
-    assert "removed" in capsys.readouterr().out
+    assert "removed" in caplog.messages[-1]
     assert [path.name for path in cache.iterdir()] == ["notes.txt"]
     with input_error("--cache-dir", tmp_path / "in"):
         clear_cache(tmp_path / "in")
@@ -522,13 +592,15 @@ def test_the_command_removes_the_cache_and_nothing_else(case, cache, capsys, inp
     assert clear_cache(tmp_path / "nowhere") == 0
     (cache / "notes.txt").unlink()
     prepare_cases([case], ("flair",), ("WT",), cache)
+    (cache / "fingerprints").mkdir()  # as older versions had it
     (cache / "fingerprints" / "x.json").write_text("{}")
-    assert clear_cache(cache) > 0
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    assert clear_cache(cache) == size - len(cache_module.CACHE_TAG)
     assert not cache.exists()
 
 
 def test_prepared_phantoms_have_brain_tumour_and_slices_without_brain(phantom_cohort, cache):
-    prepared = prepare_cases(find_cases(phantom_cohort)[:2], ("flair",), ("WT",), cache)
+    prepared = prepare_cases(find_cases(CaseSource(phantom_cohort))[:2], ("flair",), ("WT",), cache)
     assert [case.case_id for case in prepared] == ["BraTS2021_90000", "BraTS2021_90001"]
     for case in prepared:
         assert case.spacing_mm == (10.0, 5.0, 5.0)

@@ -14,17 +14,11 @@ from hypothesis import strategies as st
 from nibabel.orientations import aff2axcodes, axcodes2ornt, ornt_transform
 from PIL import Image
 
-from cases_v2 import (
-    Case,
-    is_phantom,
-    labels_from_regions,
-    load_case,
-    regions_from_labels,
-    save_labels,
-    with_reference,
-)
-from layouts_v2 import cases_of_files, find_cases
-from mapping_v2 import patient_of
+from cohort.cases import Case, load_case, save_labels, with_reference
+from cohort.labels import labels_from_regions, regions_from_labels
+from cohort.layouts import CaseSource, cases_of_files, find_cases
+from cohort.patients import patient_of
+from cohort.phantom import is_phantom
 
 REGIONS = ("WT", "TC", "ET")
 SHAPE_XYZ = (3, 4, 5)
@@ -59,7 +53,7 @@ def brats_case(tmp_path: Path, write_nifti: Callable[..., Path]) -> Callable[...
         write_nifti(tmp_path / "x" / "x_flair.nii.gz", flair, affine)
         if seg is not None:
             write_nifti(tmp_path / "x" / "x_seg.nii.gz", seg, affine)
-        (case,) = find_cases(tmp_path)
+        (case,) = find_cases(CaseSource(tmp_path))
         return case
 
     return write
@@ -75,7 +69,7 @@ def test_brats_cases_are_found_below_nested_roots_sorted_by_id(tmp_path, write_n
     for case_id in ("BraTS2021_00010", "BraTS2021_00002"):
         for modality in ("t2", "flair", "t1ce", "t1", "seg"):
             write_nifti(root / case_id / f"{case_id}_{modality}.nii.gz", FLAIR)
-    cases = find_cases(tmp_path / "BraTS2021", ("flair", "t1", "t1ce", "t2"))
+    cases = find_cases(CaseSource(tmp_path / "BraTS2021"), ("flair", "t1", "t1ce", "t2"))
     assert [case.case_id for case in cases] == ["BraTS2021_00002", "BraTS2021_00010"]
     first = cases[0]
     folder = root / "BraTS2021_00002"
@@ -91,7 +85,7 @@ def test_uncompressed_files_and_cases_without_a_mask_are_found(tmp_path, write_n
     write_nifti(tmp_path / "a" / "a_flair.nii", FLAIR)
     write_nifti(tmp_path / "b" / "b_flair.nii.gz", FLAIR)
     write_nifti(tmp_path / "b" / "b_seg.nii", SEG)
-    first, second = find_cases(tmp_path)
+    first, second = find_cases(CaseSource(tmp_path))
     assert first.mask == ()
     assert load_case(first).labels is None
     assert second.mask == (tmp_path / "b" / "b_seg.nii",)
@@ -102,13 +96,13 @@ def test_cases_are_sorted_by_id_whatever_their_folders_are_called(tmp_path, writ
     write_nifti(tmp_path / "a" / "z_flair.nii.gz", FLAIR)
     write_nifti(tmp_path / "b" / "m_flair.nii.gz", FLAIR)
     write_slices(tmp_path / "c", "k", {1: np.zeros((4, 4), np.uint8)})
-    assert [case.case_id for case in find_cases(tmp_path)] == ["k", "m", "z"]
+    assert [case.case_id for case in find_cases(CaseSource(tmp_path))] == ["k", "m", "z"]
 
 
 def test_several_cases_may_share_one_folder(tmp_path, write_nifti):
     for case_id in ("p_1", "p_2"):  # ids may hold underscores
         write_nifti(tmp_path / f"{case_id}_flair.nii.gz", FLAIR)
-    assert [case.case_id for case in find_cases(tmp_path)] == ["p_1", "p_2"]
+    assert [case.case_id for case in find_cases(CaseSource(tmp_path))] == ["p_1", "p_2"]
 
 
 def test_temporary_files_of_a_killed_writer_are_no_cases(tmp_path, write_nifti, write_slices):
@@ -117,24 +111,24 @@ def test_temporary_files_of_a_killed_writer_are_no_cases(tmp_path, write_nifti, 
     write_nifti(tmp_path / "x" / "._x_flair.nii.gz", FLAIR)  # macOS leaves these on foreign disks
     write_slices(tmp_path / "y", "y", {1: np.zeros((4, 4), np.uint8)})
     write_slices(tmp_path / "y", ".123.y", {1: np.zeros((4, 4), np.uint8)})
-    assert [case.case_id for case in find_cases(tmp_path)] == ["x", "y"]
+    assert [case.case_id for case in find_cases(CaseSource(tmp_path))] == ["x", "y"]
 
 
 def test_hidden_folders_are_not_searched(tmp_path, write_nifti):
     write_nifti(tmp_path / "x" / "x_flair.nii.gz", FLAIR)
     write_nifti(tmp_path / ".123.y" / "y_flair.nii.gz", FLAIR)
-    assert [case.case_id for case in find_cases(tmp_path)] == ["x"]
+    assert [case.case_id for case in find_cases(CaseSource(tmp_path))] == ["x"]
 
 
 def test_folder_that_does_not_exist_is_named(tmp_path, input_error):
     with input_error(tmp_path / "nowhere"):
-        find_cases(tmp_path / "nowhere")
+        find_cases(CaseSource(tmp_path / "nowhere"))
 
 
 def test_folder_without_cases_is_named(tmp_path, input_error):
     (tmp_path / "notes.txt").write_text("x_flair")
     with input_error(tmp_path):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 @pytest.mark.parametrize("present", ["t1", "seg"])
@@ -142,21 +136,21 @@ def test_case_without_the_modality_is_named(tmp_path, write_nifti, input_error, 
     write_nifti(tmp_path / "x" / "x_flair.nii.gz", FLAIR)
     write_nifti(tmp_path / "y" / f"y_{present}.nii.gz", FLAIR)
     with input_error(tmp_path / "y", "case y", "flair"):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 def test_modality_asked_for_must_be_there_and_others_need_not(tmp_path, write_nifti, input_error):
     write_nifti(tmp_path / "x" / "x_flair.nii.gz", FLAIR)
-    assert len(find_cases(tmp_path, ("flair",))) == 1
+    assert len(find_cases(CaseSource(tmp_path), ("flair",))) == 1
     with input_error("case x", "t1ce"):
-        find_cases(tmp_path, ("flair", "t1ce"))
+        find_cases(CaseSource(tmp_path), ("flair", "t1ce"))
 
 
 def test_one_id_in_two_folders_is_an_error(tmp_path, write_nifti, input_error):
     write_nifti(tmp_path / "a" / "x_flair.nii.gz", FLAIR)
     write_nifti(tmp_path / "b" / "x_flair.nii.gz", FLAIR)
     with input_error(tmp_path, "case x"):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 def test_one_modality_both_as_nii_and_nii_gz_is_an_error(tmp_path, write_nifti, input_error):
@@ -164,13 +158,13 @@ def test_one_modality_both_as_nii_and_nii_gz_is_an_error(tmp_path, write_nifti, 
     write_nifti(tmp_path / "x" / "x_flair.nii.gz", FLAIR)
     write_nifti(tmp_path / "x" / "x_flair.nii", FLAIR + 1)
     with input_error("x"):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 def test_cohort_without_any_mask_cannot_be_trained_on(tmp_path, write_nifti, input_error):
     write_nifti(tmp_path / "x" / "x_flair.nii.gz", FLAIR)
     with input_error(tmp_path):
-        with_reference(find_cases(tmp_path), tmp_path)
+        with_reference(find_cases(CaseSource(tmp_path)), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -191,7 +185,7 @@ def test_slices_are_ordered_by_number(tmp_path, write_slices, suffix):
         {z: grey(255 * (z == 10)) for z in range(1, 12)},
         suffix,
     )
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     loaded = load_case(case)
     assert case.case_id == "c_7"
     assert (case.layout, case.convention) == ("slices", "binary")
@@ -204,7 +198,7 @@ def test_slices_are_ordered_by_number(tmp_path, write_slices, suffix):
 
 def test_slices_without_masks_are_a_case_without_reference(tmp_path, write_slices):
     write_slices(tmp_path, "c", {1: grey(1), 2: grey(2)})
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     assert case.mask == ()
     assert load_case(case).labels is None
 
@@ -213,67 +207,70 @@ def test_slices_without_masks_are_a_case_without_reference(tmp_path, write_slice
 def test_the_chosen_channel_of_rgb_slices_is_read(tmp_path, write_slices, suffix):
     rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
     write_slices(tmp_path, "c", {1: rgb}, suffix=suffix)
-    values = [load_case(find_cases(tmp_path, ("flair",), channel)[0]).volume.max() for channel in (0, 1, 2)]
+    values = [
+        load_case(find_cases(CaseSource(tmp_path, slice_channel=channel), ("flair",))[0]).volume.max()
+        for channel in (0, 1, 2)
+    ]
     assert values == [11, 22, 33]
-    assert load_case(find_cases(tmp_path)[0]).volume.max() == 22
+    assert load_case(find_cases(CaseSource(tmp_path))[0]).volume.max() == 22
 
 
 def test_alpha_is_no_channel_to_choose(tmp_path, write_slices, input_error):
     rgba = np.stack([grey(11), grey(22), grey(33), grey(255)], axis=-1)
     write_slices(tmp_path, "c", {1: rgba})
-    assert load_case(find_cases(tmp_path, ("flair",), 0)[0]).volume.max() == 11
+    assert load_case(find_cases(CaseSource(tmp_path, slice_channel=0), ("flair",))[0]).volume.max() == 11
     with input_error("c_1.png", "--slice-channel"):
-        load_case(find_cases(tmp_path, ("flair",), 3)[0])
+        load_case(find_cases(CaseSource(tmp_path, slice_channel=3), ("flair",))[0])
 
 
 def test_sixteen_bit_slices_keep_their_values(tmp_path, write_slices):
     write_slices(tmp_path, "c", {1: grey(40000, np.uint16), 2: grey(257, np.uint16)})
-    assert load_case(find_cases(tmp_path)[0]).volume[0, :, 0, 0].tolist() == [40000, 257]
+    assert load_case(find_cases(CaseSource(tmp_path))[0]).volume[0, :, 0, 0].tolist() == [40000, 257]
 
 
 def test_missing_slice_is_named(tmp_path, write_slices, input_error):
     write_slices(tmp_path / "c", "c", {z: grey(z) for z in (1, 2, 10)})
     with input_error(tmp_path / "c", "slice 3"):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 def test_slice_number_that_occurs_twice_is_an_error(tmp_path, write_slices, input_error):
     write_slices(tmp_path, "c", {1: grey(1)})
     write_slices(tmp_path, "c", {1: grey(1)}, suffix=".tif")
     with input_error("c_1", "twice"):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 def test_slice_without_mask_among_others_with_one_is_named(tmp_path, write_slices, input_error):
     write_slices(tmp_path, "c", {1: grey(1), 2: grey(2), 3: grey(3)}, {1: grey(0), 3: grey(0)})
     with input_error("c_2.png"):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 def test_mask_without_its_slice_is_named(tmp_path, write_slices, input_error):
     # The last slice of a case is missing; its mask tells.
     write_slices(tmp_path, "c", {1: grey(1), 2: grey(2)}, {1: grey(0), 2: grey(0), 3: grey(255)})
     with input_error("3"):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 def test_slices_of_unequal_size_are_named(tmp_path, write_slices, input_error):
     write_slices(tmp_path, "c", {1: grey(1), 2: np.zeros((5, 6), np.uint8)})
     with input_error("c_2.png"):
-        load_case(find_cases(tmp_path)[0])
+        load_case(find_cases(CaseSource(tmp_path))[0])
 
 
 def test_unreadable_slice_is_named(tmp_path, write_slices, input_error):
     write_slices(tmp_path, "c", {1: grey(1), 2: grey(2)})
     (tmp_path / "c_2.png").write_bytes(b"not a picture")
     with input_error("c_2.png"):
-        load_case(find_cases(tmp_path)[0])
+        load_case(find_cases(CaseSource(tmp_path))[0])
 
 
 @pytest.mark.parametrize("value", [1, 255])
 def test_picture_masks_may_hold_one_or_255(tmp_path, write_slices, value):
     write_slices(tmp_path, "c", {1: grey(1), 2: grey(2)}, {1: grey(0), 2: grey(value)})
-    labels = load_case(find_cases(tmp_path)[0]).labels
+    labels = load_case(find_cases(CaseSource(tmp_path))[0]).labels
     assert labels.dtype == np.uint8
     assert labels[:, 0, 0].tolist() == [0, 1]
 
@@ -283,7 +280,7 @@ def test_a_coloured_picture_mask_is_a_mask_whatever_its_colour(tmp_path, write_s
     mask = np.zeros((4, 6, 3), np.uint8)
     mask[1, 2, channel] = 255
     write_slices(tmp_path, "c", {1: grey(1)}, {1: mask})
-    labels = load_case(find_cases(tmp_path)[0]).labels
+    labels = load_case(find_cases(CaseSource(tmp_path))[0]).labels
     assert np.argwhere(labels).tolist() == [[0, 1, 2]]
 
 
@@ -291,13 +288,13 @@ def test_a_coloured_picture_mask_is_a_mask_whatever_its_colour(tmp_path, write_s
 def test_unknown_value_in_a_picture_mask_is_named_with_its_file(tmp_path, write_slices, input_error, value):
     write_slices(tmp_path, "c", {1: grey(1), 2: grey(2)}, {1: grey(255), 2: grey(value)})
     with input_error("c_2_mask.png", str(value)):
-        load_case(find_cases(tmp_path)[0])
+        load_case(find_cases(CaseSource(tmp_path))[0])
 
 
 def test_picture_mask_of_another_shape_is_named(tmp_path, write_slices, input_error):
     write_slices(tmp_path, "c", {1: grey(1)}, {1: np.zeros((6, 4), np.uint8)})
     with input_error("c_1_mask.png", "(1, 6, 4)", "(1, 4, 6)"):
-        load_case(find_cases(tmp_path)[0])
+        load_case(find_cases(CaseSource(tmp_path))[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -323,14 +320,14 @@ def test_patient_of_a_case_id(case_id, patient):
 def test_two_scans_of_one_patient_get_one_patient_id(tmp_path, write_slices):
     for case_id in ("TCGA_CS_4942_19970222", "TCGA_CS_4942_19980101"):
         write_slices(tmp_path / case_id, case_id, {1: grey(1)})
-    assert {case.patient_id for case in find_cases(tmp_path)} == {"TCGA_CS_4942"}
+    assert {case.patient_id for case in find_cases(CaseSource(tmp_path))} == {"TCGA_CS_4942"}
 
 
 def test_phantoms_are_told_from_other_cases(phantom_cohort, brats_case, tmp_path, write_slices):
-    assert all(is_phantom(case) for case in find_cases(phantom_cohort))
+    assert all(is_phantom(case) for case in find_cases(CaseSource(phantom_cohort)))
     assert not is_phantom(brats_case())
     write_slices(tmp_path / "slices", "c", {1: grey(1)})
-    assert not is_phantom(find_cases(tmp_path / "slices")[0])
+    assert not is_phantom(find_cases(CaseSource(tmp_path / "slices"))[0])
 
 
 def test_single_files_become_cases_named_by_the_file(tmp_path, write_nifti):
@@ -373,7 +370,7 @@ def test_truncated_nii_is_named(tmp_path, write_nifti, input_error):
     path = write_nifti(tmp_path / "x_flair.nii", FLAIR)
     path.write_bytes(path.read_bytes()[:-20])
     with input_error(path):
-        load_case(find_cases(tmp_path)[0])
+        load_case(find_cases(CaseSource(tmp_path))[0])
 
 
 def test_damaged_bytes_in_the_middle_are_named(brats_case, input_error):
@@ -421,7 +418,7 @@ def test_colour_nifti_is_named(tmp_path, write_nifti, input_error):
     colours = np.zeros(SHAPE_XYZ, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
     path = write_nifti(tmp_path / "x_flair.nii.gz", colours)
     with input_error(path):
-        load_case(find_cases(tmp_path)[0])
+        load_case(find_cases(CaseSource(tmp_path))[0])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -449,7 +446,7 @@ def test_fourth_axis_of_one_is_dropped(brats_case):
 def test_modality_of_another_shape_is_named(tmp_path, write_nifti, input_error):
     write_nifti(tmp_path / "x_flair.nii.gz", FLAIR)
     path = write_nifti(tmp_path / "x_t1.nii.gz", FLAIR[:2])
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     with input_error(path, "(5, 4, 2)", "(5, 4, 3)"):
         load_case(case, ("flair", "t1"))
 
@@ -610,7 +607,7 @@ def test_an_oblique_volume_takes_the_nearest_axes_and_keeps_its_spacing(brats_ca
 def test_modalities_and_mask_of_different_orientations_are_brought_together(tmp_path, write_nifti):
     for name, array, codes in (("flair", FLAIR, "LPS"), ("t1", FLAIR, "RAS"), ("seg", SEG, "PSR")):
         write_nifti(tmp_path / f"x_{name}.nii.gz", *in_orientation(array, AFFINE_123_MM, codes))
-    loaded = load_case(find_cases(tmp_path)[0], ("flair", "t1"))
+    loaded = load_case(find_cases(CaseSource(tmp_path))[0], ("flair", "t1"))
     assert (loaded.volume[0] == loaded.volume[1]).all()
     assert (loaded.labels == SEG.transpose(2, 1, 0)).all()
 
@@ -618,7 +615,7 @@ def test_modalities_and_mask_of_different_orientations_are_brought_together(tmp_
 def test_modalities_come_in_the_order_asked_for(tmp_path, write_nifti):
     for value, name in enumerate(("flair", "t1", "t1ce", "t2")):
         write_nifti(tmp_path / f"x_{name}.nii.gz", np.full(SHAPE_XYZ, value, np.int16))
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     assert load_case(case, ("t2", "flair", "t1ce")).volume[:, 0, 0, 0].tolist() == [3, 0, 2]
 
 
@@ -654,8 +651,8 @@ def test_saving_and_loading_labels_gives_them_back(tmp_path_factory, codes, seed
     labels = np.random.default_rng(seed).choice([0, 1, 2, 4], (5, 4, 3)).astype(np.uint8)
     flair, affine = in_orientation(FLAIR, AFFINE_123_MM, codes)
     nib.save(nib.Nifti1Image(flair, affine), folder / "x_flair.nii.gz")
-    save_labels(labels, find_cases(folder)[0], folder)
-    assert (load_case(find_cases(folder)[0]).labels == labels).all()
+    save_labels(labels, find_cases(CaseSource(folder))[0], folder)
+    assert (load_case(find_cases(CaseSource(folder))[0]).labels == labels).all()
 
 
 def test_saved_labels_are_not_scaled_by_the_flairs_header(brats_case, tmp_path):
@@ -671,14 +668,14 @@ def test_saved_labels_are_not_scaled_by_the_flairs_header(brats_case, tmp_path):
 
 def test_picture_cases_get_picture_masks_under_their_own_numbers(tmp_path, write_slices):
     write_slices(tmp_path / "in", "c", {z: grey(z) for z in range(8, 12)}, suffix=".tif")
-    (case,) = find_cases(tmp_path / "in")
+    (case,) = find_cases(CaseSource(tmp_path / "in"))
     labels = np.zeros((4, 4, 6), np.uint8)
     labels[2, 1:3, 2:5] = 2  # the third slice is number 10
     folder = save_labels(labels, case, tmp_path / "out")
     assert folder == tmp_path / "out" / "c"
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"c_{z}_mask.png" for z in range(8, 12))
     write_slices(folder, "c", {z: grey(z) for z in range(8, 12)})
-    restored = load_case(find_cases(folder)[0]).labels
+    restored = load_case(find_cases(CaseSource(folder))[0]).labels
     assert (restored == (labels > 0)).all()
     picture = np.asarray(Image.open(folder / "c_10_mask.png"))
     assert np.unique(picture).tolist() == [0, 255]

@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 
 import dataset_balance_v2
-from check_v2 import Problem, check_case, check_cases, check_cohort, has_error, summarise_problems
+from cohort.check import Problem, check_case, check_cases, check_cohort, has_error, log_problems
+from cohort.layouts import CaseSource, find_cases
+from cohort.selection import TrainingSource, find_sound_cases
 from dataset_balance_v2 import BalanceConfig
-from layouts_v2 import find_cases
-from run_v2 import TrainConfig, choose_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAIR = np.arange(1, 61, dtype=np.int16).reshape(3, 4, 5)
@@ -68,7 +68,7 @@ ODD = np.where(FLAIR == 7, 9, SEG).astype(np.uint8)
 )
 def test_each_fault_is_found_and_its_file_named(sound, write_nifti, name, content, affine, severity, words):
     path = write_nifti(sound / "b" / f"b_{name}.nii.gz", content, affine)
-    cases, problems = check_cohort(sound, ("flair",), workers=1)
+    cases, problems = check_cohort(CaseSource(sound), ("flair",))
     assert [case.case_id for case in cases] == ["a", "b"]
     assert [(found.case, found.file, found.severity) for found in problems] == [("b", str(path), severity)]
     assert words in problems[0].problem
@@ -79,7 +79,7 @@ def test_each_fault_is_found_and_its_file_named(sound, write_nifti, name, conten
 def test_unreadable_files_are_found(sound, name, harm):
     path = sound / "a" / f"a_{name}.nii.gz"
     harm(path)
-    _, problems = check_cohort(sound, ("flair",), workers=1)
+    _, problems = check_cohort(CaseSource(sound), ("flair",))
     assert [(found.case, found.file, found.severity) for found in problems] == [("a", str(path), "error")]
 
 
@@ -88,9 +88,9 @@ def test_all_that_is_wrong_is_listed_not_the_first_alone(sound, write_nifti):
     write_nifti(sound / "a" / "a_t1.nii.gz", np.zeros_like(FLAIR))
     write_nifti(sound / "a" / "a_seg.nii.gz", ODD)
     (sound / "b" / "b_t1.nii.gz").unlink()
-    _, problems = check_cohort(sound, ("flair",), workers=1)
+    _, problems = check_cohort(CaseSource(sound), ("flair",))
     assert [found.case for found in problems] == ["a", "a", "a"]  # one of two has t1: not most
-    _, problems = check_cohort(sound, ("flair", "t1"), workers=1)
+    _, problems = check_cohort(CaseSource(sound), ("flair", "t1"))
     assert [found.case for found in problems] == ["a", "a", "a", "b"]
     assert "has no t1 file" in problems[3].problem
     assert has_error(problems) == {"a", "b"}
@@ -101,22 +101,22 @@ def test_a_modality_most_others_have_is_missed_with_a_warning(sound):
     for path in sorted((sound / "c").iterdir()):
         path.rename(path.with_name("c" + path.name[1:]))
     (sound / "b" / "b_t1.nii.gz").unlink()
-    _, problems = check_cohort(sound, ("flair",), workers=1)
+    _, problems = check_cohort(CaseSource(sound), ("flair",))
     assert [(found.case, found.severity) for found in problems] == [("b", "warning")]
     assert "no t1 file" in problems[0].problem
 
 
 def test_files_not_asked_for_are_checked_only_where_every_file_is(sound):
     truncate(sound / "a" / "a_t1.nii.gz")
-    assert check_cohort(sound, ("flair",), every_file=False, workers=1)[1] == []
-    assert len(check_cohort(sound, ("flair",), workers=1)[1]) == 1
+    assert check_cohort(CaseSource(sound), ("flair",), every_file=False)[1] == []
+    assert len(check_cohort(CaseSource(sound), ("flair",))[1]) == 1
 
 
 def test_a_folder_that_cannot_be_resolved_is_listed_and_the_rest_checked(sound, write_slices):
     write_slices(sound / "c", "c", {z: FLAIR[0].astype(np.uint8) for z in (1, 2, 5)})
     write_slices(sound / "d", "d", {z: FLAIR[0].astype(np.uint8) for z in (1, 2)})
     shutil.copytree(sound / "a", sound / "copy")
-    cases, problems = check_cohort(sound, ("flair",), workers=1)
+    cases, problems = check_cohort(CaseSource(sound), ("flair",))
     assert [case.case_id for case in cases] == ["b", "d"]  # which a is meant, nobody knows
     assert [(found.case, found.severity) for found in problems] == [("", "error"), ("", "error")]
     assert "slice 3 of c" in problems[0].problem
@@ -126,13 +126,16 @@ def test_a_folder_that_cannot_be_resolved_is_listed_and_the_rest_checked(sound, 
 def test_processes_find_what_one_process_finds_in_the_same_order(tmp_path, sound):
     script = tmp_path / "several.py"
     script.write_text(
-        "import sys\nfrom check_v2 import check_cases\nfrom layouts_v2 import find_cases\n"
+        "import sys\nfrom cohort.check import check_cases\n"
+        "from cohort.layouts import CaseSource, find_cases\n"
+        "from runtime import processes\n"
         "if __name__ == '__main__':\n"
-        "    print(check_cases(find_cases(sys.argv[1]), workers=2))\n"
+        "    processes.count_cores, processes.ITEMS_A_PROCESS = lambda: 2, 1\n"
+        "    print(check_cases(find_cases(CaseSource(sys.argv[1]))))\n"
     )
     for path in sound.glob("*/*_flair.nii.gz"):
         truncate(path)
-    alone = check_cases(find_cases(sound), workers=1)
+    alone = check_cases(find_cases(CaseSource(sound)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, script, sound],
@@ -146,12 +149,13 @@ def test_processes_find_what_one_process_finds_in_the_same_order(tmp_path, sound
     assert done.stdout.strip() == str(alone)
 
 
-def test_the_command_writes_the_table_and_ends_with_one_on_errors(sound, tmp_path, capsys):
+def test_the_command_writes_the_table_and_ends_with_one_on_errors(sound, tmp_path, caplog):
+    caplog.set_level("INFO", "drunet")
     table = tmp_path / "out" / "check.csv"
-    config = BalanceConfig(data_dir=str(sound), check=True, check_csv=str(table))
+    config = BalanceConfig(CaseSource(str(sound)), check=True, check_csv=str(table))
     dataset_balance_v2.main(config)
     assert pd.read_csv(table).empty
-    assert "BraTS 2021: 2 cases, 2 with masks, 2 modalities" in capsys.readouterr().out
+    assert caplog.messages[0] == "BraTS 2021: 2 cases, 2 with masks, 2 modalities"
     truncate(sound / "a" / "a_t1.nii.gz")
     with pytest.raises(SystemExit) as ended:
         dataset_balance_v2.main(config)
@@ -159,30 +163,39 @@ def test_the_command_writes_the_table_and_ends_with_one_on_errors(sound, tmp_pat
     rows = pd.read_csv(table)
     assert rows.columns.tolist() == ["case", "file", "severity", "problem"]
     assert rows.loc[0, ["case", "severity"]].tolist() == ["a", "error"]
-    assert "1 errors in 1 cases, 0 warnings" in capsys.readouterr().out
+    assert "1 errors in 1 cases, 0 warnings" in caplog.messages[-2]
+    assert str(table) in caplog.messages[-1]
 
 
-def test_the_summary_counts_what_it_does_not_show(make_cases):
+def test_the_log_counts_what_it_does_not_show(make_cases, caplog):
+    caplog.set_level("INFO", "drunet")
     cases = make_cases([("a", "a"), ("b", "b")])
     problems = [Problem("a", "x", "error", "bad")] * 30 + [Problem("b", "y", "warning", "odd")]
-    lines = summarise_problems(cases, problems, shown=2)
-    assert lines[:2] == ["error   a  x: bad"] * 2
-    assert lines[2] == "... and 29 more"
-    assert lines[3] == (
-        "checked 2 cases: 30 errors in 1 cases, 1 warnings; 2 cases without a mask, for prediction only"
-    )
+    log_problems(cases, problems, shown=2)
+    assert caplog.messages == [
+        "error   a  x: bad",
+        "error   a  x: bad",
+        "... and 29 more",
+        "checked 2 cases: 30 errors in 1 cases, 1 warnings; 2 cases without a mask, for prediction only",
+    ]
 
 
-def test_cases_to_train_on_are_those_without_errors(sound, write_nifti, input_error):
+def test_cases_to_train_on_are_those_without_errors(sound, tmp_path, write_nifti, input_error):
     write_nifti(sound / "a" / "a_seg.nii.gz", np.zeros_like(SEG))  # a warning keeps a case
     truncate(sound / "b" / "b_flair.nii.gz")
-    assert [case.case_id for case in choose_cases(TrainConfig(data_dir=str(sound)))[0]] == ["a", "b"]
-    kept, skipped = choose_cases(TrainConfig(data_dir=str(sound), skip_bad=True))
-    assert [case.case_id for case in kept] == ["a"]
-    assert [(found.case, found.severity) for found in skipped] == [("b", "error")]
+    folder = tmp_path / "run"
+    cases, skipped = find_sound_cases(TrainingSource(str(sound)), folder)
+    assert [case.case_id for case in cases] == ["a", "b"]
+    assert skipped == []
+    assert not folder.exists()
+    cases, skipped = find_sound_cases(TrainingSource(str(sound), skip_bad=True), folder)
+    assert [case.case_id for case in cases] == ["a"]
+    assert skipped == ["b"]
+    rows = pd.read_csv(folder / "skipped.csv")
+    assert rows[["case", "severity"]].values.tolist() == [["b", "error"]]
     truncate(sound / "a" / "a_flair.nii.gz")
     with input_error(sound, "--check"):
-        choose_cases(TrainConfig(data_dir=str(sound), skip_bad=True))
+        find_sound_cases(TrainingSource(str(sound), skip_bad=True), folder)
 
 
 def test_training_ends_at_a_bad_case_or_leaves_it_out_and_says_so(tmp_path, phantom_cohort):
@@ -223,9 +236,9 @@ def test_training_ends_at_a_bad_case_or_leaves_it_out_and_says_so(tmp_path, phan
 def test_real_cohorts_pass_and_what_is_no_layout_is_named(input_error):
     data = Path(os.environ["DRUNET_DATA"])
     for name in ("brats21", "kaggle_3m"):
-        assert check_cohort(data / name, ("flair",), workers=1)[1] == []
+        assert check_cohort(CaseSource(data / name), ("flair",))[1] == []
     with input_error(data / "brats13", "no case"):
-        check_cohort(data / "brats13", ("flair",), workers=1)
+        check_cohort(CaseSource(data / "brats13"), ("flair",))
 
 
 @pytest.mark.skipif("DRUNET_DATA" not in os.environ, reason="DRUNET_DATA names no folder")
@@ -237,6 +250,6 @@ def test_brats13_under_a_2021_name_fails_for_its_labels(tmp_path):
         ("seg", "OTMultiClass"),
     ):
         shutil.copy(folder / f"{source}.nii.gz", tmp_path / f"x_{name}.nii.gz")
-    problems = check_case(find_cases(tmp_path)[0])
+    problems = check_case(find_cases(CaseSource(tmp_path))[0])
     assert [(found.file, found.severity) for found in problems] == [(str(tmp_path / "x_seg.nii.gz"), "error")]
     assert "unknown label 3" in problems[0].problem

@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 import torch
 
-from utils_v2 import load_checkpoint, save_checkpoint
+from cohort.preprocess import brain_mask
+from runtime.checkpoints import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -68,7 +69,8 @@ def test_training_leaves_a_run_folder_that_explains_itself(trained, phantom_coho
     folder = trained / "results" / "tiny"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.json", "split.json", "log.csv", "curves.png", "best.pt", "last.pt", "train.log", "evaluation"
+        "config.json", "split.json", "log.csv", "batch.png", "curves.png", "best.pt", "last.pt", "train.log",
+        "evaluation",
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert config["widths"] == [4, 8, 16]
@@ -92,7 +94,7 @@ def test_threshold_of_the_checkpoint_is_the_one_with_the_highest_validation_dice
     assert checkpoint["thresholds"] == [sweep["thresholds"][highest]]
 
 
-def test_summary_follows_from_the_rows_per_case(trained):
+def test_summary_follows_from_the_rows_per_case(trained, phantom_cohort):
     folder = trained / "results" / "tiny" / "evaluation"
     rows = pd.read_csv(folder / "metrics_per_case.csv")
     summary = json.loads((folder / "summary.json").read_text())
@@ -121,7 +123,9 @@ def test_summary_follows_from_the_rows_per_case(trained):
     assert len(rows) == modes * (1 + 1 + 3)
     assert summary["data_kind"] == "phantom"
     table = summary["calibration"]["WT"]["tta"]
-    assert 0 < table["n_voxels"] == sum(table["voxels"]) < 16 * 48 * 48  # brain alone
+    (validation,) = json.loads((trained / "results" / "tiny" / "split.json").read_text())["validation"]
+    flair = nib.load(phantom_cohort / validation / f"{validation}_flair.nii.gz").get_fdata(dtype=np.float32)
+    assert table["n_voxels"] == sum(table["voxels"]) == brain_mask(flair.transpose(2, 1, 0)).sum()
     gaps = [
         n * abs(mean - share)
         for n, mean, share in zip(
@@ -341,4 +345,4 @@ def test_every_command_has_complete_help():
             continue
         text = run(script.name, "--help", cwd=ROOT).stdout
         assert "usage:" in text
-        assert "--seed" in text or script.name in ("model_drunet_v2.py", "dataset_balance_v2.py")
+        assert "(default: " in text

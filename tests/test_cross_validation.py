@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from audit.measure import AVERAGED
 from benchmarks import cross_validation
 from benchmarks.cross_validation import CrossValidationConfig, main, make_table, split_folds
-from cases_v2 import Case
-from dataset_balance_v2 import SPLIT_PARTS, split_sha256
-from measure_v2 import AVERAGED
-from run_v2 import TrainConfig
-from utils_v2 import parse_config, save_checkpoint, write_json
+from cohort.cases import Case
+from cohort.split import SPLIT_PARTS, split_sha256
+from runtime.checkpoints import save_checkpoint
+from runtime.command import parse, to_plain
+from runtime.files import write_json
+from train_drunet_v2 import TrainConfig
 
 
 def make_cases(scans: list[int]) -> list[Case]:
@@ -90,10 +92,10 @@ def commands(monkeypatch, tmp_path) -> list[list[str]]:
         script, *flags = command[1:]
         called.append([script, *flags])
         if script == "train_drunet_v2.py":
-            settings = parse_config(TrainConfig, "", flags)
+            settings = parse(TrainConfig, "", None, flags)
             folder = Path(settings.resume or f"results/{settings.run}")
             if not settings.resume:
-                write_json(folder / "config.json", dataclasses.asdict(settings))
+                write_json(folder / "config.json", to_plain(settings))
             save_checkpoint(folder / "last.pt", {"model": {}})
             if "--epochs" in flags:  # stands for a run that is stopped
                 return SimpleNamespace(returncode=1)
@@ -118,7 +120,7 @@ def commands(monkeypatch, tmp_path) -> list[list[str]]:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cross_validation.subprocess, "run", run)
-    monkeypatch.setattr(cross_validation, "choose_cases", lambda _: (make_cases([1] * 10), []))
+    monkeypatch.setattr(cross_validation, "find_cases", lambda *_: make_cases([1] * 10))
     monkeypatch.setattr(cross_validation, "with_reference", lambda cases, _: cases)
     monkeypatch.setattr(cross_validation, "write_result", lambda name, content: (name, content))
     return called

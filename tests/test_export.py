@@ -11,11 +11,18 @@ import pytest
 import torch
 
 import export_v2
-from backends_v2 import _choose_providers
 from export_v2 import ExportConfig, describe_checkpoint
-from inference_v2 import InferenceConfig, TrainedModel, build_network, load_model, predict_volume
+from inference_v2 import (
+    InferenceConfig,
+    TrainedModel,
+    _choose_providers,
+    load_model,
+    predict_volume,
+)
 from inference_v2 import main as segment
-from utils_v2 import file_sha256, load_checkpoint, save_checkpoint
+from model_drunet_v2 import DRUNetV2
+from runtime.checkpoints import load_checkpoint, save_checkpoint
+from runtime.files import file_sha256
 
 CPU = torch.device("cpu")
 SIZE = 32
@@ -25,7 +32,7 @@ SIZE = 32
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """best.pt of two regions whose batch norms have seen data and whose probabilities spread over 0..1."""
     torch.manual_seed(0)
-    network = build_network(1, 2, 1, (4, 8)).train()
+    network = DRUNetV2(3, 2, (4, 8)).train()
     with torch.no_grad():
         for _ in range(5):
             network(torch.randn(4, 3, SIZE, SIZE) * 2 + 1)
@@ -102,10 +109,11 @@ def test_segmenting_with_onnx_writes_the_masks_of_the_checkpoint(
     assert tables[0].replace(str(tmp_path / "torch"), "") == tables[1].replace(str(tmp_path / "onnx"), "")
 
 
-def test_torch_export_predicts_as_the_checkpoint(checkpoint, tmp_path, capsys):
+def test_torch_export_predicts_as_the_checkpoint(checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO", "drunet")
     path = tmp_path / "model.pt2"
     export_v2.main(ExportConfig(checkpoint=str(checkpoint), format="torch-export", output=str(path)))
-    assert "largest difference of probabilities" in capsys.readouterr().out
+    assert "largest difference of probabilities" in caplog.text
     extra = {"metadata.json": ""}
     network = torch.export.load(str(path), extra_files=extra).module()
     slabs = torch.randn(5, 3, SIZE, SIZE)
@@ -116,12 +124,13 @@ def test_torch_export_predicts_as_the_checkpoint(checkpoint, tmp_path, capsys):
 
 
 def test_the_check_runs_a_case_and_fails_where_the_file_differs(
-    checkpoint, onnx_file, phantom_cohort, capsys
+    checkpoint, onnx_file, phantom_cohort, caplog
 ):
+    caplog.set_level("INFO", "drunet")
     model = load_model(checkpoint, CPU, amp=False)
     config = ExportConfig(check_input=str(phantom_cohort / "BraTS2021_90002"))
     export_v2.check_export(model, onnx_file, config, 3)
-    assert "Dice of the two masks WT 1.0000" in capsys.readouterr().out
+    assert "Dice of the two masks WT 1.0000" in caplog.text
     with torch.no_grad():
         model.network.head.bias += 0.01
     for each in (config, ExportConfig()):
@@ -198,12 +207,11 @@ def test_onnx_files_that_cannot_be_used_are_named(
         load_model(path, CPU)
 
 
-def test_backend_and_file_must_fit(checkpoint, tmp_path, input_error):
-    with input_error("--backend onnx", checkpoint, "export_v2.py"):
-        load_model(checkpoint, CPU, backend="onnx")
+def test_format_and_file_must_fit(checkpoint, tmp_path, input_error):
     shutil.copy(checkpoint, tmp_path / "model.onnx")
-    with input_error("--backend torch", tmp_path / "model.onnx"):
-        load_model(tmp_path / "model.onnx", CPU, backend="torch")
+    with input_error(tmp_path / "model.onnx"):  # the suffix says onnxruntime
+        load_model(tmp_path / "model.onnx", CPU)
+    shutil.copy(tmp_path / "model.onnx", tmp_path / "model.pt2")
     with input_error("--output", ".onnx"):
         export_v2.main(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "model.pt")))
 

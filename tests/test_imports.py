@@ -1,4 +1,4 @@
-"""Imports point one way: DESIGN's rooms as a table, checked against the code from both sides."""
+"""Imports point one way: DESIGN's rooms, checked against the code."""
 
 import ast
 from pathlib import Path
@@ -6,86 +6,79 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-# Every part, in the order they build on each other: one imports only parts before it.
-ORDER = (
-    "utils_v2",
-    "distributed_v2",
-    "model_drunet_v2",
-    "plots_v2",
-    "statistics_v2",
-    "lesions_v2",
-    "measure_v2",
-    "postprocess_v2",
-    "audit_plots_v2",
-    "report_v2",
-    "compare_v2",
-    "cases_v2",
-    "mapping_v2",
-    "layouts_v2",
-    "check_v2",
-    "leakage_v2",
-    "volumes_v2",
-    "cache_entry_v2",
-    "cache_v2",
-    "augmentation_v2",
-    "dataset_balance_v2",
-    "backends_v2",
-    "inference_v2",
-    "probe_v2",
-    "run_v2",
-    "train_drunet_v2",
-    "final_evaluation_v2",
-    "export_v2",
-    "make_phantom_v2",
+# From the ground up; a room imports from itself and from those before it.
+ROOMS = ("runtime", "method", "cohort", "audit", "commands")
+METHOD = {"utils_v2", "model_drunet_v2"}
+LIBRARY_COMMANDS = {"inference_v2", "dataset_balance_v2"}  # that others may import
+PATHS = sorted(
+    [*REPOSITORY.glob("*.py"), *(path for room in ROOMS for path in (REPOSITORY / room).glob("*.py"))]
 )
-COMMANDS = {"train_drunet_v2", "final_evaluation_v2", "make_phantom_v2", "export_v2"}
-PATHS = sorted(REPOSITORY.glob("*.py"))
-# What must be there for the network to be used elsewhere: torch, and nothing that reads files.
-MODEL_PACKAGES = {"torch"}
+
+
+def name_of(path: Path) -> str:
+    """Return the dotted name of a module."""
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+
+
+def room_of(name: str) -> str:
+    """Return the room of a module."""
+    first, _, rest = name.partition(".")
+    if rest:
+        return first
+    return "method" if name in METHOD else "commands"
 
 
 def imported_modules(tree: ast.AST) -> set[str]:
-    """Return the first name of every module that is imported anywhere, inside functions too."""
-    found = set()
+    """Return the dotted name of every module that is imported anywhere, inside functions too."""
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." if node.level else node.module.split(".")[0])
-    return found
+            names |= {"."} if node.level else {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return names
 
 
-TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
+TREES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
 SIBLINGS = {name: imported_modules(tree) & TREES.keys() for name, tree in TREES.items()}
 
 
-def test_the_order_names_every_part_and_no_other():
-    assert sorted(TREES) == sorted(ORDER)
+def test_every_folder_with_code_is_a_room():
+    folders = {path.parent.name for path in REPOSITORY.glob("*/*.py")} - {"tests", "benchmarks"}
+    assert folders <= set(ROOMS)
+    assert {"runtime", "cohort", "audit"} <= folders
 
 
 @pytest.mark.parametrize("name", sorted(TREES))
-def test_a_part_imports_only_parts_before_it(name):
-    assert SIBLINGS[name] <= set(ORDER[: ORDER.index(name)])
+def test_a_module_imports_from_its_own_room_and_those_below(name):
+    reach = ROOMS[: ROOMS.index(room_of(name)) + 1]
+    assert {room_of(sibling) for sibling in SIBLINGS[name]} <= set(reach)
 
 
-def test_the_network_needs_no_data_and_the_plumbing_no_sibling():
-    assert SIBLINGS["utils_v2"] == set()
-    assert SIBLINGS["model_drunet_v2"] == {"utils_v2"}  # for the command that prints its size
-
-
-def test_no_part_imports_a_command():
+def test_a_command_imports_no_other_command_but_those_that_are_libraries_too():
     for name, siblings in SIBLINGS.items():
-        assert not siblings & COMMANDS, name
+        commands = {sibling for sibling in siblings if room_of(sibling) == "commands"}
+        assert commands <= LIBRARY_COMMANDS, name
 
 
-def test_the_model_needs_torch_alone():
-    foreign = imported_modules(TREES["model_drunet_v2"]) - TREES.keys()
-    assert foreign - {"collections", "contextlib", "dataclasses"} == MODEL_PACKAGES
+def test_imports_have_no_circle():
+    waiting, done = dict(SIBLINGS), set()
+    while waiting:
+        free = {name for name, siblings in waiting.items() if siblings <= done}
+        assert free, f"a circle among {sorted(waiting)}"
+        done |= free
+        waiting = {name: siblings for name, siblings in waiting.items() if name not in free}
+
+
+def test_loss_metrics_and_network_need_no_cohort_and_the_network_torch_alone():
+    assert {room_of(name) for name in SIBLINGS["utils_v2"] | SIBLINGS["model_drunet_v2"]} <= {"runtime"}
+    assert "model_drunet_v2" not in SIBLINGS["utils_v2"]
+    packages = {name.split(".")[0] for name in imported_modules(TREES["model_drunet_v2"])} - {"runtime"}
+    assert packages - {"collections", "contextlib", "copy", "dataclasses", "typing"} == {"torch"}
 
 
 @pytest.mark.parametrize("name", sorted(TREES))
-def test_no_part_imports_stars_relatively_or_by_a_changed_path(name):
+def test_no_module_imports_stars_relatively_or_by_a_changed_path(name):
     assert "." not in imported_modules(TREES[name])
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom):
@@ -98,4 +91,9 @@ def test_no_part_imports_stars_relatively_or_by_a_changed_path(name):
 
 def test_the_checks_see_what_they_look_for():
     tree = ast.parse("import a.b\ndef f():\n    from c.d import e\n    from . import g\n    import h as i")
-    assert imported_modules(tree) == {"a", "c", ".", "h"}
+    assert imported_modules(tree) == {"a.b", "c.d", "c.d.e", ".", "h"}
+    assert [room_of(name) for name in ("cohort.cache", "utils_v2", "export_v2")] == [
+        "cohort",
+        "method",
+        "commands",
+    ]

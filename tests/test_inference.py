@@ -12,27 +12,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from backends_v2 import OnnxNetwork, fold_batch_norm, prepare_network
-from dataset_balance_v2 import split_cases
+from audit.masks import threshold_regions
+from cohort.layouts import CaseSource, find_cases
+from cohort.split import split_cases
 from inference_v2 import (
     VIEWS,
     InferenceConfig,
+    OnnxNetwork,
     TrainedModel,
-    build_network,
     choose_inputs,
     compile_model,
     load_model,
-    main,
     predict_views,
     predict_volume,
-    read_ahead,
     segment_cases,
-    threshold_regions,
-    write_behind,
 )
-from layouts_v2 import find_cases
-from model_drunet_v2 import DRUNetV2
-from utils_v2 import THRESHOLDS, InputError, save_checkpoint, write_json
+from model_drunet_v2 import DRUNetV2, fold_batch_norm, prepare_network
+from runtime.checkpoints import save_checkpoint
+from runtime.command import check_settings
+from runtime.errors import InputError
+from runtime.files import write_json
+from runtime.threads import read_ahead, write_behind
+from utils_v2 import THRESHOLDS
 
 CPU = torch.device("cpu")
 
@@ -183,10 +184,10 @@ def test_without_brain_counts_every_slice_is_run():
     assert network.slabs_seen == 3
 
 
-def trained_network(seed: int = 0, regions: int = 1) -> nn.Module:
+def trained_network(seed: int = 0, regions: int = 1, **switches: bool) -> nn.Module:
     """Return a small DRUNetV2 whose probabilities spread over 0..1, unlike those of a fresh one."""
     torch.manual_seed(seed)
-    network = build_network(1, regions, 1, (4, 8)).eval()
+    network = DRUNetV2(3, regions, (4, 8), **switches).eval()
     with torch.no_grad():
         network.head.weight.mul_(100)
         network.head.bias.zero_()
@@ -238,9 +239,10 @@ def test_no_forward_pass_is_larger_than_the_batch_size(batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("tta", [True, False])
-def test_a_compiled_network_sees_one_batch_size_alone(batch_size, tta, monkeypatch, capsys):
+def test_a_compiled_network_sees_one_batch_size_alone(batch_size, tta, monkeypatch, caplog):
+    caplog.set_level("INFO", "drunet")
     network = Pointwise((0,), 0.5)
-    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: nn.Sequential(module))
     compiled = compile_model(model_of(network, 16), batch_size, tta)
     volume = make_volume(1, 5, 16, 16)
     found = predict_volume(compiled, volume, tta=tta, batch_size=batch_size)
@@ -248,18 +250,19 @@ def test_a_compiled_network_sees_one_batch_size_alone(batch_size, tta, monkeypat
     assert max(network.batch_sizes) <= batch_size
     expected = predict_volume(model_of(network, 16), volume, tta=tta, batch_size=batch_size)
     assert (found == expected).all()
-    assert "compiled" in capsys.readouterr().out
+    assert "compiled" in caplog.text
 
 
-def test_a_network_that_does_not_compile_is_run_as_it_is(monkeypatch, capsys):
+def test_a_network_that_does_not_compile_is_run_as_it_is(monkeypatch, caplog):
     def no_compiler(_: nn.Module, **__: object) -> nn.Module:
         raise RuntimeError("no C++ compiler\nset CXX")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     model = model_of(Pointwise(), 16)
     assert compile_model(model, 16, tta=True).network is model.network
-    out = capsys.readouterr().out
-    assert out == "warning: --compile failed (RuntimeError: no C++ compiler); going on without it\n"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == "--compile failed (RuntimeError: no C++ compiler); going on without it"
 
 
 def test_an_onnx_network_is_not_compiled(input_error):
@@ -373,7 +376,7 @@ def test_an_error_of_the_reading_thread_arrives_where_its_item_would_have():
     def load(item: int) -> int:
         read.append(item)
         if item == 2:
-            raise InputError("case 2: cut short; download it again.")
+            raise InputError("case 2", "cut short", "download it again")
         return item
 
     results = read_ahead(range(9), load)
@@ -411,7 +414,7 @@ def test_an_error_of_the_writing_thread_arrives_and_one_of_the_maker_lets_it_fin
 
     def jobs() -> Iterator[Callable[[], None]]:
         yield lambda: written.append(1)
-        raise InputError("case 2: cut short.")
+        raise InputError("case 2", "cut short")
 
     with pytest.raises(InputError):
         list(write_behind(jobs()))
@@ -421,7 +424,7 @@ def test_an_error_of_the_writing_thread_arrives_and_one_of_the_maker_lets_it_fin
 def test_cases_are_segmented_in_order_and_a_damaged_one_ends_in_one_sentence(
     phantom_cohort, tmp_path, input_error
 ):
-    cases = find_cases(phantom_cohort)[:4]
+    cases = find_cases(CaseSource(phantom_cohort))[:4]
     model = model_of(Pointwise(), 48)
     config = InferenceConfig(output=str(tmp_path / "masks"))
     rows = [row for of_case in segment_cases(config, model, cases) for row in of_case]
@@ -440,7 +443,7 @@ def test_cases_are_segmented_in_order_and_a_damaged_one_ends_in_one_sentence(
 
 def test_a_batch_size_below_one_is_named(input_error):
     with input_error("--batch-size"):
-        main(InferenceConfig(batch_size=0))
+        check_settings(InferenceConfig(batch_size=0))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -542,7 +545,7 @@ def test_a_probability_equal_to_the_threshold_is_tumour(threshold):
 def write_checkpoint(tmp_path) -> Callable[..., Path]:
     """Function that writes the checkpoint of a small trained network, its config altered by keywords."""
 
-    def write(**changes: object) -> Path:
+    def write(network: nn.Module | None = None, **changes: object) -> Path:
         config = {
             "data_dir": "data",
             "modalities": ("flair",),
@@ -552,7 +555,7 @@ def write_checkpoint(tmp_path) -> Callable[..., Path]:
             "widths": (4, 8),
         }
         content = {
-            "model": trained_network().state_dict(),
+            "model": (network or trained_network()).state_dict(),
             "config": config | changes,
             "thresholds": [0.35],
             "data_kind": "phantom",
@@ -572,6 +575,22 @@ def test_a_checkpoint_gives_back_the_network_and_its_settings(write_checkpoint):
     volume = make_volume(1, 4, 20, 20)
     expected = predict_volume(model_of(trained_network(), 32), volume)
     np.testing.assert_allclose(predict_volume(model, volume), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("switch", ["use_se", "use_attention", "dilated", "residual"])
+def test_the_checkpoint_of_an_ablation_gives_back_its_own_network(write_checkpoint, switch):
+    ablated = trained_network(**{switch: False})
+    model = load_model(write_checkpoint(ablated, **{switch: False}), CPU, amp=False)
+    volume = make_volume(1, 4, 20, 20)
+    expected = predict_volume(model_of(ablated, 32), volume)
+    np.testing.assert_allclose(predict_volume(model, volume), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("switch", ["use_se", "use_attention", "residual"])
+def test_the_weights_of_an_ablation_do_not_fit_the_whole_network(write_checkpoint, input_error, switch):
+    path = write_checkpoint(trained_network(**{switch: False}), widths=(4, 8))
+    with input_error(path, "do not fit"):
+        load_model(path, CPU)
 
 
 @pytest.mark.parametrize("changes", [{"widths": (4, 16)}, {"widths": (4, 8, 16)}, {"context": 2}])
@@ -613,14 +632,15 @@ def test_inputs_may_be_a_cohort_a_case_or_a_file(phantom_cohort):
     assert [case.case_id for case in cohort] == [f"BraTS2021_{90000 + number}" for number in range(8)]
 
 
-def test_without_input_the_held_out_test_cases_are_segmented(phantom_cohort, tmp_path, capsys):
-    split = split_cases(find_cases(phantom_cohort), 0)
+def test_without_input_the_held_out_test_cases_are_segmented(phantom_cohort, tmp_path, caplog):
+    caplog.set_level("INFO", "drunet")
+    split = split_cases(find_cases(CaseSource(phantom_cohort)), 0)
     write_json(tmp_path / "split.json", split)
     checkpoint = {"config": {"data_dir": str(phantom_cohort), "modalities": ["flair"]}}
     model = dataclasses.replace(model_of(Pointwise(), 32), checkpoint=checkpoint)
     chosen = choose_inputs(InferenceConfig(), model, tmp_path / "best.pt")
     assert [case.case_id for case in chosen] == split["test"]
-    assert str(phantom_cohort) in capsys.readouterr().out
+    assert str(phantom_cohort) in caplog.text
 
 
 def test_two_inputs_of_one_case_id_are_an_error(tmp_path, write_nifti, input_error):

@@ -15,19 +15,12 @@ from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
 
-from cache_v2 import prepare_case
-from cases_v2 import (
-    LABEL_CONVENTIONS,
-    MODALITIES,
-    labels_from_regions,
-    load_case,
-    regions_from_labels,
-    save_labels,
-    unwrap_int16,
-)
-from layouts_v2 import LAYOUTS, cases_of_files, describe_cases, find_cases, find_cases_of_run
-from utils_v2 import InputError
-from volumes_v2 import normalise_volume
+from cohort.cache import prepare_cases
+from cohort.cases import MODALITIES, load_case, save_labels, unwrap_int16
+from cohort.labels import LABEL_CONVENTIONS, labels_from_regions, regions_from_labels
+from cohort.layouts import LAYOUTS, CaseSource, cases_of_files, find_cases, find_cases_of_run, log_cases
+from cohort.preprocess import normalise_volume
+from runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 REGIONS = ("WT", "TC", "ET")
@@ -119,7 +112,7 @@ def test_the_phantom_is_the_same_in_every_layout(tmp_path, layout, codes, affine
     write_layout(
         tmp_path / "Data" / "Data", layout, codes=codes, affine=affine, suffix=suffix
     )  # nested twice
-    (case,) = find_cases(tmp_path, MODALITIES)
+    (case,) = find_cases(CaseSource(tmp_path), MODALITIES)
     assert (case.case_id, case.layout, case.convention) == (IDS[layout], layout, LAYOUTS[layout].convention)
     loaded = load_case(case, MODALITIES)
     expected = np.stack([VOLUMES[name] for name in MODALITIES]).astype(np.float32)
@@ -146,7 +139,7 @@ def test_the_phantom_is_the_same_as_picture_slices(tmp_path, write_slices, kind)
         dict(zip(many, masks, strict=True)),
         kind[-4:],
     )
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     loaded = load_case(case)
     assert (case.layout, case.convention, case.patient_id) == ("slices", "binary", "TCGA_CS_4942")
     assert (loaded.volume[0] == VOLUMES["flair"]).all()
@@ -159,7 +152,7 @@ def test_the_phantom_is_the_same_as_picture_slices(tmp_path, write_slices, kind)
 @pytest.mark.parametrize("layout", IDS)
 def test_masks_are_written_in_the_labels_and_orientation_of_the_case(tmp_path, layout, codes):
     folder = write_layout(tmp_path / "in", layout, codes=codes)
-    (case,) = find_cases(tmp_path / "in")
+    (case,) = find_cases(CaseSource(tmp_path / "in"))
     path = save_labels(labels_from_regions(EXPECTED, REGIONS, case.convention), case, tmp_path / "out")
     assert path.name == IDS[layout] + ("-" if "GLI" in IDS[layout] else "_") + "seg.nii.gz"
     written, reference = nib.load(path), nib.load(case.mask[0])
@@ -169,7 +162,7 @@ def test_masks_are_written_in_the_labels_and_orientation_of_the_case(tmp_path, l
     if layout != "msd":
         case.mask[0].unlink()
         shutil.copy(path, folder)
-        (again,) = find_cases(tmp_path / "in")
+        (again,) = find_cases(CaseSource(tmp_path / "in"))
         regions = regions_from_labels(load_case(again).labels, again.convention, REGIONS)
         assert (regions == EXPECTED).all()
 
@@ -193,7 +186,7 @@ def test_regions_survive_any_convention(convention, tissues, regions):
 
 def test_a_network_of_the_core_alone_marks_picture_slices(tmp_path, write_slices):
     write_slices(tmp_path, "c", dict(enumerate(VOLUMES["flair"].astype(np.uint8))))
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     folder = save_labels(labels_from_regions(EXPECTED[1:2], ("TC",), "binary"), case, tmp_path / "out")
     picture = np.asarray(Image.open(folder / "c_2_mask.png"))
     assert (picture == EXPECTED[1, 2] * 255).all()
@@ -204,13 +197,15 @@ def test_a_network_of_the_core_alone_marks_picture_slices(tmp_path, write_slices
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_layout_may_lie_below_one_root_and_each_gets_its_line(tmp_path):
+def test_every_layout_may_lie_below_one_root_and_each_gets_its_line(tmp_path, caplog):
+    caplog.set_level("INFO", "drunet")
     for layout in IDS:
         write_layout(tmp_path / layout, layout)
     write_layout(tmp_path / "validation", "brats2021", "BraTS2021_00001", masked=False)
     write_layout(tmp_path / "brats2023", "brats2023", "BraTS-GLI-00005-001")
-    cases = find_cases(tmp_path, MODALITIES)
-    assert describe_cases(cases) == [
+    cases = find_cases(CaseSource(tmp_path), MODALITIES)
+    log_cases(cases)
+    assert caplog.messages == [
         "BraTS 2019: 1 case, 1 with masks, 4 modalities",
         "BraTS 2020: 1 case, 1 with masks, 4 modalities",
         "BraTS 2021: 2 cases, 1 with masks, 4 modalities",
@@ -218,8 +213,8 @@ def test_every_layout_may_lie_below_one_root_and_each_gets_its_line(tmp_path):
         "BraTS 2024: 1 case, 1 with masks, 4 modalities",
         "MSD Task01: 1 case, 1 with masks, 4 modalities",
     ]
-    assert [case.case_id for case in find_cases(tmp_path, layout="msd")] == ["BRATS_001"]
-    assert [case.case_id for case in find_cases(tmp_path, layout="brats2019")] != []
+    assert [case.case_id for case in find_cases(CaseSource(tmp_path, layout="msd"))] == ["BRATS_001"]
+    assert [case.case_id for case in find_cases(CaseSource(tmp_path, layout="brats2019"))] != []
 
 
 def test_what_else_lies_in_a_download_does_not_disturb(tmp_path, write_nifti):
@@ -231,7 +226,7 @@ def test_what_else_lies_in_a_download_does_not_disturb(tmp_path, write_nifti):
     write_nifti(tmp_path / "imagesTr" / "BRATS_003_0000.nii.gz", VOLUMES["t1"].astype(np.int16))
     for name in ("dataset.json", "name_mapping.csv", "survival_info.csv", "BraTS21-17_Mapping.csv"):
         (tmp_path / name).write_text("a,b\n1,2\n")
-    cases = find_cases(tmp_path)
+    cases = find_cases(CaseSource(tmp_path))
     assert [(case.case_id, bool(case.mask)) for case in cases] == [
         ("BRATS_001", True),
         ("BRATS_002", False),
@@ -241,44 +236,44 @@ def test_what_else_lies_in_a_download_does_not_disturb(tmp_path, write_nifti):
 
 def test_only_the_misnamed_mask_of_a_maskless_2020_case_is_taken(tmp_path):
     folder = write_layout(tmp_path, "brats2020")
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     assert case.mask == (folder / "W39_1998.09.19_Segm.nii",)
     shutil.copy(case.mask[0], folder / "BraTS20_Training_355_seg.nii")
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     assert case.mask == (folder / "BraTS20_Training_355_seg.nii",)
 
 
 def test_paediatric_cases_have_other_labels_and_are_not_taken(tmp_path, input_error):
     write_layout(tmp_path, "brats2023", "BraTS-PED-00001-000")
     with input_error(tmp_path, "no case"):
-        find_cases(tmp_path)
+        find_cases(CaseSource(tmp_path))
 
 
 def test_a_layout_that_is_not_there_is_named(tmp_path, input_error):
     write_layout(tmp_path, "brats2021")
     with input_error(tmp_path, "brats2023", "--layout auto"):
-        find_cases(tmp_path, layout="brats2023")
+        find_cases(CaseSource(tmp_path, layout="brats2023"))
 
 
 def test_ids_of_no_known_kind_can_be_given_a_layout(tmp_path):
     write_layout(tmp_path, "brats2023", "ours-1", seg=file_labels("brats2024", np.full(SHAPE, 4, np.uint8)))
-    (case,) = find_cases(tmp_path, layout="brats2024")
+    (case,) = find_cases(CaseSource(tmp_path, layout="brats2024"))
     assert not regions_from_labels(load_case(case).labels, case.convention, REGIONS).any()
 
 
 def test_case_without_a_modality_is_named(tmp_path, input_error):
     folder = write_layout(tmp_path, "brats2023")
     (folder / "BraTS-GLI-00005-000-t1c.nii.gz").unlink()
-    assert len(find_cases(tmp_path, ("flair", "t2"))) == 1
+    assert len(find_cases(CaseSource(tmp_path), ("flair", "t2"))) == 1
     with input_error(folder, "BraTS-GLI-00005-000", "t1ce"):
-        find_cases(tmp_path, MODALITIES)
+        find_cases(CaseSource(tmp_path), MODALITIES)
 
 
 def test_an_msd_file_that_is_no_stack_of_four_is_named(tmp_path, input_error):
     write_layout(tmp_path, "msd")
     path = write(tmp_path / "imagesTr" / "BRATS_001.nii.gz", VOLUMES["flair"].astype(np.int16))
     with input_error(path, "(8, 9, 6)"):
-        load_case(find_cases(tmp_path)[0], ("flair",))
+        load_case(find_cases(CaseSource(tmp_path))[0], ("flair",))
 
 
 def test_single_files_keep_the_labels_of_their_layout(tmp_path):
@@ -298,24 +293,26 @@ def test_single_files_keep_the_labels_of_their_layout(tmp_path):
 
 
 @pytest.mark.parametrize(("layout", "convention"), [("brats2021", "brats2023"), ("brats2023", "brats")])
-def test_a_cohort_in_the_other_ones_labels_is_recognised(tmp_path, layout, convention):
+def test_a_cohort_in_the_other_ones_labels_is_recognised(tmp_path, layout, convention, caplog):
     ids = [f"{IDS[layout][:-3]}{number:03d}" for number in range(3)]
     for case_id in ids:
         write_layout(tmp_path, layout, case_id, file_labels(convention))
     no_enhancing = np.where(TISSUES == 3, 1, TISSUES)
     write_layout(tmp_path, layout, IDS[layout][:-3] + "009", file_labels(convention, no_enhancing))
-    cases = find_cases(tmp_path)
+    cases = find_cases(CaseSource(tmp_path))
     assert {case.convention for case in cases} == {convention}
     for case in cases[:3]:
         regions = regions_from_labels(load_case(case).labels, case.convention, REGIONS)
         assert (regions == EXPECTED).all()
-    assert f"ET is {4 if convention == 'brats' else 3}" in describe_cases(cases)[0]
+    caplog.set_level("INFO", "drunet")
+    log_cases(cases)
+    assert f"ET is {4 if convention == 'brats' else 3}" in caplog.text
 
 
 def test_a_case_out_of_step_with_its_cohort_is_an_error_naming_the_file(tmp_path, input_error):
     for number, convention in enumerate(("brats", "brats2023", "brats")):
         write_layout(tmp_path, "brats2021", f"BraTS2021_0000{number}", file_labels(convention))
-    cases = find_cases(tmp_path)
+    cases = find_cases(CaseSource(tmp_path))
     assert {case.convention for case in cases} == {"brats"}
     load_case(cases[0])
     with input_error("BraTS2021_00001_seg.nii.gz", "label 3"):
@@ -327,7 +324,7 @@ def test_3_and_4_in_one_mask_are_an_error_outside_2024(tmp_path, input_error, la
     seg = file_labels("brats")
     seg[0, 0, :2] = (3, 4)
     write_layout(tmp_path, layout, seg=seg)
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     with input_error(case.mask[0], f"label {value}"):
         load_case(case)
 
@@ -337,15 +334,15 @@ def test_a_cavity_under_a_2023_name_needs_the_layout_said(tmp_path, input_error)
     tissues[0] = 4
     write_layout(tmp_path, "brats2023", seg=file_labels("brats2024", tissues))
     with input_error("--layout brats2024"):
-        load_case(find_cases(tmp_path)[0])
-    (case,) = find_cases(tmp_path, layout="brats2024")
+        load_case(find_cases(CaseSource(tmp_path))[0])
+    (case,) = find_cases(CaseSource(tmp_path, layout="brats2024"))
     assert (regions_from_labels(load_case(case).labels, case.convention, REGIONS) == EXPECTED).all()
 
 
 def test_a_cohort_of_cavities_alone_keeps_its_meaning(tmp_path):
     tissues = np.where(TISSUES == 3, 4, TISSUES)  # 4 and no 3: as in BraTS 2021, and yet no enhancing tumour
     write_layout(tmp_path, "brats2024", seg=file_labels("brats2024", tissues))
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     whole, core, enhancing = regions_from_labels(load_case(case).labels, case.convention, REGIONS)
     assert (whole == np.isin(tissues, (1, 2))).all()
     assert (core == (tissues == 1)).all()
@@ -355,9 +352,9 @@ def test_a_cohort_of_cavities_alone_keeps_its_meaning(tmp_path):
 def test_a_damaged_mask_does_not_stop_the_search(tmp_path, input_error):
     for number in range(2):
         write_layout(tmp_path, "brats2021", f"BraTS2021_0000{number}", file_labels("brats2023"))
-    first, second = find_cases(tmp_path)
+    first, second = find_cases(CaseSource(tmp_path))
     first.mask[0].write_bytes(first.mask[0].read_bytes()[:60])
-    first, second = find_cases(tmp_path)
+    first, second = find_cases(CaseSource(tmp_path))
     assert second.convention == "brats2023"
     with input_error(first.mask[0]):
         load_case(first)
@@ -367,7 +364,7 @@ def test_a_damaged_mask_does_not_stop_the_search(tmp_path, input_error):
 def test_float_masks_may_miss_an_integer_by_a_thousandth(tmp_path, input_error, layout):
     seg = file_labels(LAYOUTS[layout].convention).astype(np.float32)
     write_layout(tmp_path, layout, seg=seg + np.float32(0.0009) * (-1) ** np.arange(seg.shape[2]))
-    (case,) = find_cases(tmp_path)
+    (case,) = find_cases(CaseSource(tmp_path))
     regions = regions_from_labels(load_case(case).labels, case.convention, REGIONS)
     assert (regions == EXPECTED).all()
     write(case.mask[0], seg + np.float32(0.002) * (seg == 1))
@@ -378,9 +375,9 @@ def test_float_masks_may_miss_an_integer_by_a_thousandth(tmp_path, input_error, 
 def test_slices_have_no_core(tmp_path, write_slices, input_error):
     pixels = dict(enumerate(VOLUMES["flair"].astype(np.uint8)))
     write_slices(tmp_path / "in", "c", pixels, {z: np.zeros((9, 8), np.uint8) for z in pixels})
-    (case,) = find_cases(tmp_path / "in")
+    (case,) = find_cases(CaseSource(tmp_path / "in"))
     with input_error("--regions TC", "WT"):
-        prepare_case(case, ("flair",), ("WT", "TC"), tmp_path / "cache")
+        prepare_cases([case], ("flair",), ("WT", "TC"), tmp_path / "cache")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -394,7 +391,7 @@ def test_intensities_that_wrapped_around_are_put_right(tmp_path):
     wrapped = true.astype(np.uint16).view(np.int16)
     assert wrapped.min() < 0
     write(tmp_path / "x" / "x_flair.nii.gz", wrapped)
-    loaded = load_case(find_cases(tmp_path)[0])
+    loaded = load_case(find_cases(CaseSource(tmp_path))[0])
     assert (loaded.volume[0] == true).all()
     assert (normalise_volume(loaded.volume)[0] == normalise_volume(true[None].astype(np.float32))[0]).all()
 
@@ -431,7 +428,7 @@ def test_affines_that_differ_by_rounding_are_one_place(tmp_path, noise_mm):
         path = folder / f"BraTS2021_00002_{name}.nii.gz"
         array = file_labels("brats") if name == "seg" else VOLUMES[name].astype(np.int16)
         write(path, array, affine=AFFINE + noise)
-    loaded = load_case(find_cases(tmp_path)[0], MODALITIES)
+    loaded = load_case(find_cases(CaseSource(tmp_path))[0], MODALITIES)
     assert (loaded.volume[1] == VOLUMES["t1"]).all()
 
 
@@ -475,7 +472,7 @@ def test_four_modalities_and_three_regions_from_training_to_masks(tmp_path, phan
     options = ["--modalities", *MODALITIES, "--regions", *REGIONS, "--epochs", 1, "--device", "cpu"]
     said = run("train_drunet_v2.py", "--data-dir", data, "--run", "all", *tiny, *options, cwd=tmp_path)
     assert "BraTS 2023: 8 cases, 8 with masks, 4 modalities\n" in said
-    case = find_cases(data)[0]
+    case = find_cases(CaseSource(data))[0]
     inputs = ["--input", data / case.case_id, "--threshold", 0, "--device", "cpu"]
     run("inference_v2.py", *inputs, cwd=tmp_path)
     written = nib.load(tmp_path / "predictions" / f"{case.case_id}-seg.nii.gz")

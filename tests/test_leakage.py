@@ -11,10 +11,19 @@ import pytest
 import torch
 from test_commands import TINY, complaint, run
 
-from cases_v2 import Case
-from layouts_v2 import find_cases
-from leakage_v2 import (
+from audit.seen import identify_seen, list_leakage
+from cohort.cache import prepare_cases
+from cohort.cases import Case
+from cohort.fingerprints import (
     GRID,
+    hash_image,
+    hash_mask,
+    make_thumbnail,
+    rank_voxels,
+    split_in_two,
+)
+from cohort.layouts import CaseSource, find_cases
+from cohort.leakage import (
     SAME_SCAN,
     Identity,
     check_parts,
@@ -22,19 +31,12 @@ from leakage_v2 import (
     find_held_out,
     find_leakage,
     find_seen,
-    fingerprint,
-    hash_image,
-    hash_mask,
-    identify_cases,
-    make_identity,
-    make_thumbnail,
+    identify_case,
     pack_identities,
-    rank_voxels,
-    split_in_two,
     unpack_identities,
 )
-from make_phantom_v2 import make_phantom
-from utils_v2 import load_checkpoint, save_checkpoint
+from cohort.phantom import make_phantom
+from runtime.checkpoints import load_checkpoint, save_checkpoint
 
 SHAPE, SPACING_MM = (40, 60, 60), (4.0, 4.0, 4.0)
 
@@ -95,8 +97,8 @@ def test_different_heads_are_not_the_same_scan(heads):
 
 
 def test_coarse_phantoms_of_the_command_tests_are_told_apart(phantom_cohort, external_cohort, tmp_path):
-    cases = [*find_cases(phantom_cohort), *find_cases(external_cohort)]
-    known = identify_cases(cases, ("flair",), tmp_path)
+    cases = [*find_cases(CaseSource(phantom_cohort)), *find_cases(CaseSource(external_cohort))]
+    known = list(map(identify_case, prepare_cases(cases, ("flair",), (), tmp_path)))
     for index, one in enumerate(known):
         assert find_leakage("any", [one], known[:index] + known[index + 1 :]).empty
 
@@ -233,20 +235,54 @@ def test_identities_survive_a_checkpoint(tmp_path):
     assert unpack_identities({"seen": [["a", "p", "i"]]}) is None  # as runs had it before fingerprints
 
 
-def test_fingerprints_are_read_once_and_anew_when_a_file_changed(tmp_path, write_nifti, heads):
-    path = write_nifti(tmp_path / "a_flair.nii.gz", heads[0].T)
-    case = Case("a", "a", "c", "brats2021", "brats", {"flair": (path,)}, ())
-    first = identify_cases([case], ("flair",), tmp_path / "cache")[0]
-    expected = make_identity(case, fingerprint(heads[0], None))
-    assert first.image_sha256 == expected.image_sha256
-    assert first.mask_sha256 == ""
-    (stored,) = (tmp_path / "cache" / "fingerprints").iterdir()
-    stored.write_text(json.dumps(fingerprint(heads[1], None)))
-    assert identify_cases([case], ("flair",), tmp_path / "cache")[0].image_sha256 == hash_image(heads[1])
-    write_nifti(path, heads[2].T)
-    assert identify_cases([case], ("flair",), tmp_path / "cache")[0].image_sha256 == hash_image(heads[2])
-    prints = {"a": fingerprint(heads[3], None)}
-    assert identify_cases([case], ("flair",), tmp_path, prints)[0].image_sha256 == hash_image(heads[3])
+@pytest.fixture
+def prepare(tmp_path, write_nifti):
+    """Function (id, FLAIR, patient, aliases) that writes a case without a mask and returns it prepared."""
+
+    def prepare_one(case_id, flair, patient_id=None, aliases=()):
+        path = write_nifti(tmp_path / f"{case_id}_flair.nii.gz", flair.T)
+        case = Case(
+            case_id, patient_id or case_id, "c", "brats2021", "brats", {"flair": (path,)}, (), 1, {}, aliases
+        )
+        return prepare_cases([case], ("flair",), (), tmp_path / "cache")[0]
+
+    return prepare_one
+
+
+def test_the_identity_of_a_prepared_case_is_of_its_file_as_it_is(prepare, heads):
+    identity = identify_case(prepare("a", heads[0], "p", ("n",)))
+    assert (identity.case_id, identity.patient_id, identity.aliases) == ("a", "p", ("n",))
+    assert identity.image_sha256 == hash_image(heads[0])
+    assert identity.mask_sha256 == ""
+    assert (identity.thumbnail == make_thumbnail(heads[0].astype(np.float32))).all()
+    assert identify_case(prepare("a", heads[1])).image_sha256 == hash_image(heads[1])
+
+
+def test_leakage_is_searched_in_the_cohorts_to_be_tested(prepare, heads):
+    train, validation, other = (prepare(name, heads[n]) for n, name in enumerate("tvo"))
+    again, sibling = prepare("x", heads[0] * 2, "p"), prepare("y", heads[3], "p")
+    known = identify_seen(pack_identities([identify_case(train), identify_case(validation)]), [])
+    cohorts = {"validation": [validation], "internal": [other], "external": [again, sibling]}
+    found = list_leakage(cohorts, known)
+    assert found[["cohort", "case", "evidence", "training_case"]].to_numpy().tolist() == [
+        ["external", "x", "near image", "t"],
+        ["external", "y", "patient id", "t"],
+    ]
+    assert list_leakage({"validation": [validation], "internal": [other]}, known).empty
+
+
+def test_an_old_checkpoint_knows_its_cases_by_what_is_still_there(prepare, heads, caplog):
+    checkpoint = {"seen": [["t", "t", "i"], ["gone", "p", "i"]]}
+    known = identify_seen(checkpoint, [prepare("t", heads[0])])
+    assert [(one.case_id, one.patient_id) for one in known] == [("t", "t"), ("gone", "p")]
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "first gone" in warning
+    tested = [prepare("x", heads[0] + 7), prepare("y", heads[1], "p"), prepare("z", heads[2])]
+    found = list_leakage({"internal": tested}, known)
+    assert found[["case", "evidence", "training_case"]].to_numpy().tolist() == [
+        ["x", "near image", "t"],
+        ["y", "patient id", "gone"],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------

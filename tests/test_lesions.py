@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lesions_v2 import LesionScores, score_lesions
+from audit.lesions import LesionScores, score_lesions
 from utils_v2 import dice_score, hd95
 
 SHAPE = (24, 24, 60)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from monai.losses import DiceLoss, FocalLoss
@@ -65,6 +66,38 @@ def test_focal_part_with_alpha_is_twice_monai(alpha: float) -> None:
     logits, target = draw_logits_and_target(2)
     value = HybridFocalDiceLoss(**FOCAL_ONLY, focal_alpha=alpha)(logits, target).item()
     assert value == pytest.approx(2 * FocalLoss(gamma=2, alpha=alpha)(logits, target).item(), rel=1e-5)
+
+
+def focal_by_softplus(logits: torch.Tensor, target: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:
+    """The focal term from the logit alone: -log p_t is softplus(-x_t), 1 - p_t is sigmoid(-x_t)."""
+    signed = logits * (2 * target - 1)
+    alpha_t = 2 * (alpha * target + (1 - alpha) * (1 - target))
+    return (alpha_t * torch.sigmoid(-signed).pow(gamma) * F.softplus(-signed)).mean()
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.5, 2.0), (0.25, 2.0), (0.5, 1.0), (0.8, 3.5)])
+def test_focal_part_equals_the_formula_in_the_logit(alpha: float, gamma: float) -> None:
+    logits, target = draw_logits_and_target(9)
+    loss = HybridFocalDiceLoss(**FOCAL_ONLY, focal_alpha=alpha, focal_gamma=gamma)
+    value, gradient = value_and_gradient(loss, logits, target)
+    exact = logits.detach().double().requires_grad_()
+    expected = focal_by_softplus(exact, target.double(), alpha, gamma)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_focal_part_at_logits_of_100_in_every_type(dtype: torch.dtype) -> None:
+    # right by 100: loss and slope 0. Wrong by 100: loss 100 and slope 1, a quarter of the pixels each
+    logits = torch.tensor([[[[100.0, -100.0, -100.0, 100.0]]]], dtype=dtype, requires_grad=True)
+    target = torch.tensor([[[[1.0, 0.0, 1.0, 0.0]]]])
+    loss = HybridFocalDiceLoss(**FOCAL_ONLY)(logits, target)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(2 * 100 / 4)
+    assert logits.grad.dtype == dtype
+    assert logits.grad.flatten().tolist() == pytest.approx([0, 0, -0.25, 0.25])
 
 
 def test_defaults_are_focal_gamma_2_plus_dice_smooth_1() -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from cases_v2 import Case
-from dataset_balance_v2 import SPLIT_PARTS, split_cases
-from layouts_v2 import find_cases
-from mapping_v2 import find_sheets, group_ids, known_ids, map_patients, patient_named
+from cohort.cases import Case
+from cohort.layouts import CaseSource, find_cases
+from cohort.patients import find_sheets, group_ids, map_patients, patient_named
+from cohort.split import SPLIT_PARTS, split_cases
 
 # Header and cells as the organisers write them: a no-break space ends the last header, NA stands for nothing.
 SHEET_2021 = (
@@ -53,7 +53,7 @@ def cohort(tmp_path: Path, write_nifti: Callable[..., Path]) -> Callable[..., li
         for case_id in ids:
             joint = "-t2f" if "-GLI-" in case_id else "_flair"
             write_nifti(tmp_path / folder / case_id / f"{case_id}{joint}.nii", np.zeros((2, 2, 2), np.uint8))
-        return find_cases(tmp_path / folder, mapping=mapping)
+        return find_cases(CaseSource(tmp_path / folder, mapping=mapping))
 
     return make
 
@@ -86,10 +86,10 @@ def test_a_sheet_two_levels_above_is_not_looked_for(tmp_path, cohort):
 
 def test_a_2019_case_is_known_by_its_2021_scan(tmp_path, cohort):
     write(tmp_path / "BraTS" / "BraTS21-17_Mapping.csv", SHEET_2021)
-    seen = set().union(*map(known_ids, cohort(IDS_2021)))
+    seen = {name for case in cohort(IDS_2021) for name in case.aliases}
     first, second = cohort(["BraTS19_CBICA_AAB_1", "BraTS19_CBICA_AAG_1"], "other/2019")
-    assert known_ids(first) & seen
-    assert not known_ids(second) & seen
+    assert {first.case_id, first.patient_id} <= seen
+    assert not {second.case_id, second.patient_id, *second.aliases} & seen
 
 
 def test_a_2020_case_is_known_as_the_tcga_patient_of_the_picture_slices(tmp_path, cohort, write_slices):
@@ -97,9 +97,10 @@ def test_a_2020_case_is_known_as_the_tcga_patient_of_the_picture_slices(tmp_path
     first, second = cohort(["BraTS20_Training_300", "BraTS20_Training_301"])
     case_id = "TCGA_CS_4942_19970222"
     write_slices(tmp_path / "lgg" / "kaggle" / case_id, case_id, {1: np.zeros((2, 2), np.uint8)})
-    (slices,) = find_cases(tmp_path / "lgg" / "kaggle")
-    assert known_ids(slices) & known_ids(first) == {"TCGA_CS_4942"}
-    assert not known_ids(slices) & known_ids(second)
+    (slices,) = find_cases(CaseSource(tmp_path / "lgg" / "kaggle"))
+    assert slices.patient_id == "TCGA_CS_4942"
+    assert {slices.case_id, slices.patient_id, *slices.aliases} & set(first.aliases) == {"TCGA_CS_4942"}
+    assert "TCGA_CS_4942" not in second.aliases
 
 
 def test_the_2023_sheet_makes_two_2021_scans_one_patient_and_the_split_keeps_them_together(tmp_path, cohort):
@@ -134,7 +135,9 @@ def test_a_patient_column_joins_scans_of_two_cohorts(tmp_path, cohort):
     sheet = write(tmp_path / "own.csv", "scan,patient\nh19_1,P7\nh21_5,P7\nh21_6,P8\n")
     (old,) = cohort(["h19_1"], "old", sheet)
     new = cohort(["h21_5", "h21_6"], "new", sheet)
-    assert [bool(known_ids(old) & known_ids(case)) for case in new] == [True, False]
+    assert len(old.aliases) == 1
+    assert old.aliases[0].startswith("patient P7 of ")
+    assert [old.aliases[0] in case.aliases for case in new] == [True, False]
 
 
 def test_a_given_sheet_must_be_about_the_cases(tmp_path, cohort, input_error):

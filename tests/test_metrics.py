@@ -20,16 +20,14 @@ from surface_distance.lookup_tables import create_table_neighbour_code_to_surfac
 from utils_v2 import (
     HD95_ONE_EMPTY_MM,
     THRESHOLDS,
+    Overlap,
     bounding_box,
     count_overlap,
-    dice_from_counts,
     dice_score,
     hd95,
     nearest_distances_mm,
     normalised_surface_dice,
     overlap_at_thresholds,
-    precision,
-    recall,
     surface_distances_mm,
     surface_metrics,
     surfel_area_table,
@@ -37,6 +35,14 @@ from utils_v2 import (
 
 SPACINGS_MM = [(1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.2, 0.7, 2.5), (0.5, 4.0, 0.9)]
 Pair = tuple[np.ndarray, np.ndarray]
+
+
+def precision(reference: np.ndarray, prediction: np.ndarray) -> float:
+    return count_overlap(reference, prediction).precision
+
+
+def recall(reference: np.ndarray, prediction: np.ndarray) -> float:
+    return count_overlap(reference, prediction).recall
 
 
 def voxels(shape: tuple[int, ...], *places: tuple[int, ...]) -> np.ndarray:
@@ -63,7 +69,7 @@ def test_overlap_metrics_by_hand() -> None:
 def test_both_masks_empty() -> None:
     empty = np.zeros((3, 4, 5), bool)
     assert dice_score(empty, empty) == 1
-    assert dice_from_counts(0, 0, 0) == 1
+    assert Overlap(0, 0, 0).dice == 1
     assert hd95(empty, empty, (1, 1, 1)) == 0
     assert normalised_surface_dice(empty, empty, (1, 1, 1)) == 1
     assert math.isnan(precision(empty, empty))

@@ -23,13 +23,15 @@ from model_drunet_v2 import (
     SqueezeExcitation,
     _AddWeighted,
     _ChannelMean,
+    build_network,
     count_flops,
     count_parameters,
     estimate_activation_bytes,
     main,
     measure_activation_bytes,
 )
-from utils_v2 import InputError
+from runtime.command import check_settings
+from runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 NARROW = (4, 8, 16)
@@ -209,6 +211,27 @@ def test_all_switches_off_leave_a_plain_unet() -> None:
     kinds = {type(module) for module in network.modules()}
     assert not kinds & {SqueezeExcitation, AttentionGate}
     assert network(draw(2, 3, 8, 8)).shape == (2, 1, 8, 8)
+
+
+RUN = {"modalities": ["flair", "t1"], "regions": ["WT", "TC", "ET"], "context": 2, "widths": list(NARROW)}
+
+
+def test_the_network_of_a_runs_settings() -> None:
+    # a run that says nothing of the switches has them all on
+    network = build_network(RUN | {"data_dir": "data", "epochs": 3})
+    whole = make_network(in_channels=2 * 5, num_regions=3)
+    assert shapes_of(network) == shapes_of(whole)
+    assert network.in_channels == 10
+    assert network.encoder[0].convolutions[3].dilation == (2, 2)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_runs_settings_switch_one_part_off(switch: str) -> None:
+    network = build_network(RUN | dict.fromkeys(SWITCHES, True) | {switch: False})
+    ablated = make_network(in_channels=10, num_regions=3, **{switch: False})
+    assert shapes_of(network) == shapes_of(ablated)
+    dilation = 1 if switch == "dilated" else 2
+    assert network.encoder[0].convolutions[3].dilation == (dilation, dilation)
 
 
 def reach_in_pixels(block: nn.Module, channels: int) -> tuple[list[int], list[int]]:
@@ -622,6 +645,12 @@ def test_command_ends_a_bad_size_with_one_sentence() -> None:
     assert "(33, 33)" in line
 
 
+def show(config: ModelConfig) -> None:
+    """Do what the command does with its settings."""
+    check_settings(config)
+    main(config)
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
     "bad",
@@ -639,12 +668,13 @@ def test_command_ends_a_bad_size_with_one_sentence() -> None:
 )
 def test_settings_that_make_no_network_are_input_errors(bad: dict[str, object]) -> None:
     with pytest.raises(InputError):
-        main(ModelConfig(**{"widths": NARROW, "size": 32, **bad}))
+        show(ModelConfig(**{"widths": NARROW, "size": 32, **bad}))
 
 
-def test_report_scales_flops_and_activations(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_scales_flops_and_activations(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "drunet")
     main(ModelConfig(widths=(8, 16), size=64))
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    lines = dict(line.split(maxsplit=1) for line in caplog.messages[1:])
     network = make_network(widths=(8, 16))
     flops = count_flops(network, (1, 3, 64, 64))
     gib = estimate_activation_bytes(network, (16, 3, 64, 64)) / 2**30

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 import make_phantom_v2
-from cases_v2 import is_phantom, load_case
-from layouts_v2 import find_cases
-from make_phantom_v2 import MODALITIES, PhantomConfig, make_phantom, write_cohort
-from utils_v2 import PHANTOM_DESCRIPTION, InputError, run_command
+from cohort.cases import load_case
+from cohort.layouts import CaseSource, find_cases
+from cohort.phantom import MODALITIES, PHANTOM_DESCRIPTION, is_phantom, make_phantom, write_cohort
+from make_phantom_v2 import PhantomConfig
+from runtime.command import run_command
+from runtime.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAPE = (16, 48, 48)
@@ -124,7 +126,7 @@ def test_the_cohort_has_the_layout_and_the_header_of_brats_2021(phantom_cohort):
 
 
 def test_the_cohort_reads_back_as_it_was_made(phantom_cohort):
-    case = find_cases(phantom_cohort, MODALITIES)[3]
+    case = find_cases(CaseSource(phantom_cohort), MODALITIES)[3]
     phantom = make_phantom(90003, SHAPE, SPACING_MM)
     loaded = load_case(case, MODALITIES)
     assert is_phantom(case)
@@ -134,7 +136,7 @@ def test_the_cohort_reads_back_as_it_was_made(phantom_cohort):
 
 
 def test_the_styles_have_ids_and_heads_of_their_own(phantom_cohort, external_cohort):
-    internal, external = find_cases(phantom_cohort), find_cases(external_cohort)
+    internal, external = find_cases(CaseSource(phantom_cohort)), find_cases(CaseSource(external_cohort))
     assert [case.case_id for case in external] == [f"BraTS2021_{95000 + number}" for number in range(3)]
     assert not {case.patient_id for case in internal} & {case.patient_id for case in external}
     labels = [load_case(case).labels.tobytes() for case in (*internal, *external)]
@@ -142,16 +144,16 @@ def test_the_styles_have_ids_and_heads_of_their_own(phantom_cohort, external_coh
 
 
 def test_a_longer_cohort_begins_with_the_cases_of_a_shorter_one(phantom_cohort, tmp_path):
-    (folder,) = write_cohort(tmp_path, 1, 0, SHAPE, SPACING_MM, progress=False)
+    (folder,) = write_cohort(tmp_path, 1, 0, SHAPE, SPACING_MM)
     for path in folder.iterdir():
         assert path.read_bytes() == (phantom_cohort / folder.name / path.name).read_bytes()
-    (other,) = write_cohort(tmp_path / "other", 1, 1, SHAPE, SPACING_MM, progress=False)
+    (other,) = write_cohort(tmp_path / "other", 1, 1, SHAPE, SPACING_MM)
     name = f"{folder.name}_flair.nii.gz"
     assert gzip.decompress((other / name).read_bytes()) != gzip.decompress((folder / name).read_bytes())
 
 
 def test_a_writer_that_fails_leaves_whole_files_alone(tmp_path, monkeypatch):
-    (folder,) = write_cohort(tmp_path, 1, 0, SHAPE, SPACING_MM, progress=False)
+    (folder,) = write_cohort(tmp_path, 1, 0, SHAPE, SPACING_MM)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     write_bytes = Path.write_bytes
 
@@ -161,7 +163,7 @@ def test_a_writer_that_fails_leaves_whole_files_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space"):
-        write_cohort(tmp_path, 1, 1, SHAPE, SPACING_MM, progress=False)
+        write_cohort(tmp_path, 1, 1, SHAPE, SPACING_MM)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -206,7 +208,7 @@ def test_the_command_writes_a_cohort_and_its_preview(tmp_path, phantom_cohort):
     )
     assert done.returncode == 0, done.stderr
     assert "2 synthetic phantoms" in done.stdout
-    assert len(find_cases(tmp_path / "out", MODALITIES)) == 2
+    assert len(find_cases(CaseSource(tmp_path / "out"), MODALITIES)) == 2
     name = "BraTS2021_90001/BraTS2021_90001_seg.nii.gz"
     assert (tmp_path / "out" / name).read_bytes() == (phantom_cohort / name).read_bytes()
     with Image.open(tmp_path / "out" / "preview.png") as picture:

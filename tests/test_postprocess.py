@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from postprocess_v2 import (
+from audit.masks import (
     candidate_settings,
     choose_postprocessing,
     clean_region,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset_balance_v2 import SPLIT_PARTS, cases_of_split, read_split, split_cases, split_sha256
+from cohort.split import SPLIT_PARTS, cases_of_split, read_split, split_cases, split_sha256
 
 SCANS_PER_PATIENT = st.lists(st.integers(1, 4), min_size=3, max_size=40)
 

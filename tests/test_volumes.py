@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from volumes_v2 import (
+from cohort.preprocess import (
     Z_RANGE,
     brain_mask,
     fit_slices,
@@ -58,10 +58,11 @@ def test_a_head_that_touches_the_border_is_still_found():
 
 
 def test_a_constant_volume_has_no_brain_and_becomes_zero():
-    scores, brain_voxels = normalise_volume(np.full((1, 3, 8, 8), 42, np.float32))
+    scores, brain = normalise_volume(np.full((1, 3, 8, 8), 42, np.float32))
     assert not brain_mask(np.full((3, 8, 8), 42, np.float32)).any()
     assert not scores.any()
-    assert brain_voxels.tolist() == [0, 0, 0]
+    assert brain.shape == (3, 8, 8)
+    assert not brain.any()
 
 
 def test_scores_by_hand():
@@ -155,12 +156,13 @@ def test_scores_are_exact_in_float16():
     assert (scores.astype(np.float16).astype(np.float32) == scores).all()
 
 
-def test_each_modality_is_normalised_by_itself_and_the_first_one_counts_brain():
-    first, brain = make_head(0)
+def test_each_modality_is_normalised_by_itself_and_the_brain_is_that_of_the_first():
+    first, head = make_head(0)
     second, _ = make_head(1, 30, 50)
     second[5:] = 0
-    scores, brain_voxels = normalise_volume(np.stack([first, second]))
-    assert brain_voxels.tolist() == brain.sum((1, 2)).tolist()
+    scores, brain = normalise_volume(np.stack([first, second]))
+    assert brain.dtype == np.bool_
+    assert (brain == head).all()
     assert (scores[0] == normalise_one(first)).all()
     assert (scores[1] == normalise_one(second)).all()
 

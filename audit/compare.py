@@ -1,0 +1,184 @@
+"""Two audited runs against each other, case by case: is one better, and by how much.
+
+    python final_evaluation_v2.py --compare results/RUN_A results/RUN_B
+
+Only cases that both runs audited as test cases, and that neither of them had seen, are compared, so each
+case is its own control.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from audit.plots import plot_comparison
+from audit.report import format_interval
+from audit.statistics import compare_paired
+from cohort.phantom import PHANTOM_NOTE
+from runtime.checkpoints import load_checkpoint
+from runtime.command import command_line
+from runtime.errors import InputError
+from runtime.files import file_sha256, write_json
+from runtime.log import log
+
+TEST_COHORTS = ("internal", "external")  # validation chose the threshold; external_unseen is part of external
+COMPARED = ("dice", "hd95_mm", "nsd_1mm", "lesion_dice", "lesion_hd95_mm")
+KEYS = ["cohort", "case", "patient", "region", "mode"]
+
+
+def read_rows(run: Path) -> pd.DataFrame:
+    """Return the test rows of a run's metrics_per_case.csv; InputError where it has not been audited."""
+    path = run / "evaluation" / "metrics_per_case.csv"
+    if not path.is_file():
+        raise InputError(path, "not there", f"audit the run first: final_evaluation_v2.py --run {run}")
+    rows = pd.read_csv(path, dtype={"case": str, "patient": str})
+    if missing := [name for name in (*KEYS, *COMPARED, "seen_in_training") if name not in rows]:
+        raise InputError(path, f"no column {missing[0]}", f"audit {run} again with this version")
+    # a seen case of an external cohort is reported by the audit, and compared by nobody
+    rows = rows[(rows["cohort"] != "external") | ~rows["seen_in_training"].astype(bool)]
+    return rows[rows["cohort"].isin(TEST_COHORTS) & rows["mode"].isin(("plain", "tta"))]
+
+
+def refuse_leak(runs: Sequence[Path], rows: Sequence[pd.DataFrame]) -> None:
+    """Raise InputError where a test case or test patient of one run was in the other's training."""
+    for tested, table, other in zip(runs, rows, runs[::-1], strict=True):
+        seen = load_checkpoint(other / "best.pt")["seen"]  # by training and validation
+        for column, name in enumerate(("case", "patient")):
+            known = {str(entry[column]) for entry in seen}
+            if leaked := sorted(set(table[name]) & known):
+                raise InputError(
+                    "--compare",
+                    f"{name} {leaked[0]} is tested by {tested} and was in training or validation of "
+                    f"{other} ({len(leaked)} such)",
+                    "train both on one split, with --split",
+                )
+
+
+def pair_rows(runs: Sequence[Path], rows: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows both runs have, columns of the first ending in _a, of the second in _b.
+
+    Raises InputError where there are none, where a case was seen in training, or where the references
+    differ, which means that it is not the same case or not the same mask.
+    """
+    paired = rows[0].merge(rows[1], on=KEYS, suffixes=("_a", "_b"))
+    if paired.empty:
+        raise InputError(
+            "--compare", f"{runs[0]} and {runs[1]} audited no common test case", "audit them alike"
+        )
+    seen = paired[paired["seen_in_training_a"] | paired["seen_in_training_b"]]
+    if len(seen):
+        raise InputError(
+            "--compare",
+            f"case {seen.iloc[0]['case']} was seen in training (audited with --allow-seen)",
+            "audit both runs without it",
+        )
+    other = paired[abs(paired["reference_ml_a"] - paired["reference_ml_b"]) > 1e-6]
+    if len(other):
+        raise InputError(
+            "--compare",
+            f"the {other.iloc[0]['region']} reference of case {other.iloc[0]['case']} is not the same in "
+            "both audits",
+            "audit both runs on the same data",
+        )
+    return paired
+
+
+def compare_rows(paired: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """Return {cohort: {region: {mode: {metric: means and paired difference A - B}, n_cases, n_patients}}}."""
+    cohorts: dict[str, Any] = {}
+    for (cohort, region), rows in paired.groupby(["cohort", "region"], sort=False):
+        entry: dict[str, Any] = {
+            "n_cases": rows["case"].nunique(),
+            "n_patients": rows["patient"].nunique(),
+        }
+        for mode, of_mode in rows.groupby("mode", sort=False):
+            patients = of_mode["patient"].tolist()
+            entry[mode] = {}
+            for metric in COMPARED:
+                first, second = of_mode[f"{metric}_a"], of_mode[f"{metric}_b"]
+                entry[mode][metric] = {
+                    "mean_a": float(first.mean()),
+                    "mean_b": float(second.mean()),
+                    "difference": compare_paired(first, second, patients, seed),
+                }
+        cohorts.setdefault(cohort, {})[region] = entry
+    return cohorts
+
+
+def tabulate_comparison(cohorts: dict[str, Any]) -> pd.DataFrame:
+    """Return formatted means and differences with TTA, a row per cohort, region and metric."""
+    rows = []
+    for cohort, regions in cohorts.items():
+        for region, entry in regions.items():
+            for metric, means in entry["tta"].items():
+                difference = means["difference"]
+                rows.append(
+                    {
+                        "cohort": cohort,
+                        "region": region,
+                        "metric": metric,
+                        "A": f"{means['mean_a']:.4f}",
+                        "B": f"{means['mean_b']:.4f}",
+                        "A - B": f"{difference['mean']:+.4f}",
+                        "95 % CI": format_interval(difference["ci95"], "{:+.4f}"),
+                        "sign-flip p": f"{difference['p_sign_flip']:.3g}",
+                        "cases / patients": f"{entry['n_cases']} / {entry['n_patients']}",
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def summarise_comparison(
+    runs: Sequence[Path], rows: Sequence[pd.DataFrame], paired: pd.DataFrame, seed: int
+) -> dict[str, Any]:
+    """Return what comparison.json holds: runs and rows of A and B, and the rows of both together."""
+    summaries = [json.loads((run / "evaluation" / "summary.json").read_text()) for run in runs]
+    is_phantom = any(summary["data_kind"] == "phantom" for summary in summaries)
+    cases = [set(zip(table["cohort"], table["case"], strict=True)) for table in rows]
+    return {
+        "run_a": str(runs[0]),
+        "run_b": str(runs[1]),
+        "data_kind": "phantom" if is_phantom else "real",
+        "averaged_over": "per case, then the mean over the cases both runs audited; difference is A - B; "
+        "ci95 by bootstrap over patients; p by flipping the sign of each patient's differences",
+        "n_cases_only_a": len(cases[0] - cases[1]),
+        "n_cases_only_b": len(cases[1] - cases[0]),
+        "cohorts": compare_rows(paired, seed),
+        "metrics_sha256": [file_sha256(run / "evaluation" / "metrics_per_case.csv") for run in runs],
+        "command": command_line(),
+    }
+
+
+def log_comparison(comparison: dict[str, Any]) -> None:
+    """Log what comparison.json holds."""
+    log.info("A %s\nB %s", comparison["run_a"], comparison["run_b"])
+    alone = (comparison["n_cases_only_a"], comparison["n_cases_only_b"])
+    log.info("audited by A alone: %d, by B alone: %d cases", *alone)
+    if comparison["data_kind"] == "phantom":
+        log.warning("These are %s.", PHANTOM_NOTE)
+    table = tabulate_comparison(comparison["cohorts"])
+    log.info("mean over cases, with TTA:\n%s", table.to_string(index=False))
+
+
+def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
+    """Compare two audited runs over their common test cases; log, write comparison.json and .png.
+
+    `output` is the folder to write to, None for comparison_A_B beside the first run.
+    """
+    if len(runs) != 2:
+        raise InputError("--compare", f"takes two run folders, not {len(runs)}")
+    first, second = folders = [Path(run) for run in runs]
+    if first.resolve() == second.resolve():
+        raise InputError("--compare", f"{first} and {second} are one run", "name another")
+    rows = [read_rows(folder) for folder in folders]
+    refuse_leak(folders, rows)
+    paired = pair_rows(folders, rows)
+    comparison = summarise_comparison(folders, rows, paired, seed)
+    folder = Path(output) if output else first.parent / f"comparison_{first.name}_{second.name}"
+    write_json(folder / "comparison.json", comparison)
+    note = f" ({PHANTOM_NOTE})" if comparison["data_kind"] == "phantom" else ""
+    plot_comparison(folder / "comparison.png", paired, comparison["cohorts"], (first.name, second.name), note)
+    log_comparison(comparison)
+    log.info("comparison.json and comparison.png are in %s", folder)

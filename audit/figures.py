@@ -1,0 +1,74 @@
+"""The figures of an audit: which there are, under what caption, in the order of the report."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from audit.overlays import plot_ranked_cases
+from audit.plots import (
+    plot_bland_altman,
+    plot_curves,
+    plot_dice_against_volume,
+    plot_dice_per_case,
+    plot_precision_recall,
+    plot_reliability,
+    plot_tta_gain,
+)
+from audit.results import AuditResults
+from cohort.phantom import PHANTOM_NOTE
+from utils_v2 import THRESHOLDS
+
+CAPTIONS = {
+    "training_curves.png": "Training: loss, Dice and learning rate over epochs.",
+    "dice_per_case.png": "Dice of each test case, sorted, with TTA; the band is the bootstrap 95 % interval "
+    "of the mean.",
+    "dice_against_volume.png": "Dice against the tumour volume of the reference, with TTA.",
+    "volume_bland_altman.png": "Volume error: prediction minus reference against their mean, with TTA; lines "
+    "at the mean and the limits of agreement (mean and 1.96 SD over cases).",
+    "tta_gain.png": "What TTA changes: Dice with TTA minus Dice without, per test case.",
+    "precision_recall.png": "Precision and recall over thresholds, voxels pooled, with TTA; the ring is the "
+    "threshold used.",
+    "calibration.png": "Calibration on validation: share of reference tumour among the brain's voxels of "
+    "each probability, and how many voxels there are (voxels pooled, before post-processing).",
+}
+
+
+def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
+    """Draw every figure into `folder` and return {caption: path} in the order of the report."""
+    summary, cohorts = results.summary, results.summary["cohorts"]
+    note = f" ({PHANTOM_NOTE})" if summary["data_kind"] == "phantom" else ""
+    tested = results.rows[results.rows["cohort"] != "validation"]
+    captions = dict(CAPTIONS)
+    log = results.run / "log.csv"
+    epochs = pd.read_csv(log) if log.exists() else pd.DataFrame()
+    if len(epochs):
+        plot_curves(folder / "training_curves.png", epochs, results.run.name + note)
+    else:
+        del captions["training_curves.png"]
+    plot_dice_per_case(folder / "dice_per_case.png", tested, cohorts, note)
+    plot_dice_against_volume(folder / "dice_against_volume.png", tested, note)
+    plot_bland_altman(folder / "volume_bland_altman.png", tested, cohorts, note)
+    plot_tta_gain(folder / "tta_gain.png", tested, cohorts, note)
+    path = folder / "precision_recall.png"
+    plot_precision_recall(path, results.counts, summary["threshold"], THRESHOLDS, note)
+    plot_reliability(folder / "calibration.png", summary["calibration"], note)
+    region = next(iter(summary["threshold"]))
+    for cohort, pictures in results.pictures.items():
+        ranked = rank_cases(results.rows, region, cohort)
+        panels = {f"{rank}: {case}, Dice {dice:.3f}": pictures[case] for rank, (case, dice) in ranked.items()}
+        plot_ranked_cases(folder / f"cases_{cohort}.png", panels, f"{cohort}, {region}{note}")
+        captions[f"cases_{cohort}.png"] = f"Best, median and worst {cohort} case by {region} Dice with TTA."
+    return {caption: folder / name for name, caption in captions.items()}
+
+
+def rank_cases(rows: pd.DataFrame, region: str, cohort: str) -> dict[str, tuple[str, float]]:
+    """Return id and Dice of the cases with the best, the median and the worst Dice (TTA); each case once."""
+    of_cohort = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+    ordered = of_cohort.sort_values("dice", ascending=False)
+    cases = list(zip(ordered["case"], ordered["dice"], strict=True))
+    ranked = {"best": cases[0], "median": cases[len(cases) // 2], "worst": cases[-1]}
+    return {
+        rank: case
+        for index, (rank, case) in enumerate(ranked.items())
+        if case not in list(ranked.values())[:index]
+    }

@@ -1,0 +1,350 @@
+"""Charts of a run and of its audit. Every figure says over what its numbers are."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from runtime.files import write_atomically
+
+mpl.use("Agg")  # files only: a terminal without a display is the usual place
+
+REGION_COLOURS = {"WT": "#1f6f8b", "TC": "#d1793a", "ET": "#a43c5b"}
+GREY = "#8a94a0"
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure atomically as PNG."""
+    write_atomically(path, lambda target: figure.savefig(target, dpi=130))
+
+
+def tidy(axes: mpl.axes.Axes) -> None:
+    """Take off the upper and right frame and draw a quiet grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e9ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def plot_curves(path: Path, log: pd.DataFrame, title: str) -> None:
+    """Draw a run's log: loss, Dice (training slabs and validation cases) and learning rate over epochs."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    loss, dice, rate = figure.subplots(1, 3)
+    loss.plot(log["epoch"], log["train_loss"], color="#333c47", marker=".")
+    loss.set_ylabel("training loss (focal + Dice)")
+    dice.plot(log["epoch"], log["train_dice"], color=GREY, linestyle="--", label="training slabs, pooled")
+    for column in log.columns[log.columns.str.startswith("validation_dice_")]:
+        region = column.removeprefix("validation_dice_")
+        dice.plot(
+            log["epoch"],
+            log[column],
+            color=REGION_COLOURS[region],
+            marker=".",
+            label=f"{region}, mean over cases",
+        )
+        kept = log[column].idxmax()
+        dice.annotate(
+            f"{log[column][kept]:.3f}",
+            (log["epoch"][kept], log[column][kept]),
+            textcoords="offset points",
+            xytext=(0, 6),
+            ha="center",
+            fontsize=8,
+        )
+    dice.set_ylabel("Dice at probability 0.5")
+    dice.set_ylim(0, 1)
+    dice.legend(frameon=False, loc="lower right", fontsize=8)
+    rate.semilogy(log["epoch"], log["learning_rate"], color="#333c47", marker=".", drawstyle="steps-post")
+    rate.set_ylabel("learning rate")
+    for axes in (loss, dice, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        tidy(axes)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_balance(before: pd.Series, after: pd.Series, path: Path) -> None:
+    """Draw the share of each slice kind (the series' index) before and after weighting."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    positions = np.arange(len(before))
+    for offset, shares, label, colour in (
+        (-0.2, before, "as stored", GREY),
+        (0.2, after, "as drawn", "#1f6f8b"),
+    ):
+        bars = axes.bar(positions + offset, shares, 0.38, label=label, color=colour)
+        axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=2, fontsize=9)
+    axes.set_xticks(positions, [f"{kind} slices" for kind in before.index])
+    axes.set_ylabel("share of slices")
+    axes.set_ylim(0, min(1.1, max(before.max(), after.max()) * 1.2))
+    axes.legend(frameon=False)
+    tidy(axes)
+    save_figure(figure, path)
+
+
+COHORT_COLOURS = {
+    "internal": "#1f6f8b",
+    "external": "#d1793a",
+    "external_unseen": "#7a5195",
+    "validation": GREY,
+}
+
+
+def _panels(
+    rows: pd.DataFrame, width: float, height: float
+) -> tuple[Figure, dict[tuple[str, str], mpl.axes.Axes]]:
+    """Return a figure with one panel per (cohort, region): regions down, cohorts across."""
+    cohorts, regions = list(rows["cohort"].unique()), list(rows["region"].unique())
+    size = (width * len(cohorts), height * len(regions))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(regions), len(cohorts), squeeze=False)
+    axes = {(c, r): grid[i][j] for i, r in enumerate(regions) for j, c in enumerate(cohorts)}
+    return figure, axes
+
+
+def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
+    """Draw the Dice of each case with TTA, sorted, with the mean and its bootstrap 95 % interval."""
+    figure, panels = _panels(rows, 5.2, 3.4)
+    for (cohort, region), axes in panels.items():
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        values = np.sort(chosen["dice"].to_numpy())[::-1]
+        summary = cohorts[cohort][region]["tta"]["dice"]
+        colour = COHORT_COLOURS[cohort]
+        if summary["ci95"]:
+            label = "95 % interval of the mean"
+            axes.axhspan(*summary["ci95"], color=colour, alpha=0.15, linewidth=0, label=label)
+        axes.axhline(summary["mean"], color=colour, linewidth=1.2, label=f"mean {summary['mean']:.3f}")
+        axes.axhline(
+            summary["median"],
+            color=colour,
+            linewidth=1,
+            linestyle=":",
+            label=f"median {summary['median']:.3f}",
+        )
+        axes.plot(
+            np.arange(1, len(values) + 1), values, "o", color=colour, markersize=4 if len(values) > 40 else 6
+        )
+        axes.set_ylim(-0.02, 1.02)
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        axes.set_xlabel(f"case, best to worst (n = {len(values)})")
+        axes.set_ylabel(f"{region} Dice per case")
+        axes.set_title(cohort, fontsize=10)
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+        tidy(axes)
+    figure.suptitle(f"Dice per case, with TTA{note}", fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
+    """Draw Dice with TTA against the reference volume in ml, on a logarithmic axis; empty ones counted."""
+    figure, panels = _panels(rows, 5.2, 3.4)
+    for (cohort, region), axes in panels.items():
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        present = chosen["reference_ml"] > 0
+        shown = chosen[present]
+        axes.scatter(
+            shown["reference_ml"], shown["dice"], color=COHORT_COLOURS[cohort], s=26, alpha=0.85, linewidths=0
+        )
+        for row in shown.nsmallest(2, "dice").itertuples():
+            left = row.reference_ml > shown["reference_ml"].median()
+            axes.annotate(
+                row.case,
+                (row.reference_ml, row.dice),
+                fontsize=7,
+                color="#50585f",
+                ha="right" if left else "left",
+                textcoords="offset points",
+                xytext=(-6 if left else 6, -2),
+            )
+        axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks(mpl.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
+        axes.set_ylim(-0.02, 1.02)
+        empty = int((~present).sum())
+        axes.set_xlabel("reference volume in ml" + (f" ({empty} empty left out)" if empty else ""))
+        axes.set_ylabel(f"{region} Dice per case")
+        axes.set_title(f"{cohort}, n = {len(shown)}", fontsize=10)
+        tidy(axes)
+    figure.suptitle(f"Dice against tumour volume, with TTA{note}", fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_precision_recall(
+    path: Path,
+    counts: dict[str, np.ndarray],
+    used: dict[str, float],
+    thresholds: np.ndarray,
+    note: str,
+) -> None:
+    """Draw precision against recall over thresholds; `counts` is {cohort: (R, T, 3) pooled TP, FP, FN}.
+
+    `used` is {region: the threshold in use}.
+    """
+    figure = Figure(figsize=(4.8 * len(used), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(used), squeeze=False)[0]
+    for index, (region, threshold) in enumerate(used.items()):
+        axes = grid[index]
+        for cohort, table in counts.items():
+            tp, fp, fn = table[index].T
+            precision, recall = tp / np.maximum(tp + fp, 1), tp / np.maximum(tp + fn, 1)
+            style = "--" if cohort == "validation" else "-"
+            axes.plot(
+                recall, precision, style, color=COHORT_COLOURS[cohort], marker=".", markersize=4, label=cohort
+            )
+            chosen = int(np.argmin(abs(thresholds - threshold)))
+            axes.plot(
+                recall[chosen],
+                precision[chosen],
+                "o",
+                markersize=9,
+                markerfacecolor="none",
+                color=COHORT_COLOURS[cohort],
+            )
+        axes.set_xlabel("recall, voxels pooled")
+        axes.set_ylabel("precision, voxels pooled")
+        axes.set_xlim(0, 1.01)
+        axes.set_ylim(0, 1.01)
+        axes.set_title(f"{region}, ring at threshold {threshold:.2f} (chosen on validation)", fontsize=10)
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+        tidy(axes)
+    figure.suptitle(f"Precision and recall, with TTA\n{note.strip()}".rstrip(), fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
+    """Draw Dice with TTA minus Dice without per case, sorted, with the mean and its 95 % interval."""
+    figure, panels = _panels(rows, 5.2, 3.2)
+    for (cohort, region), axes in panels.items():
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region)].pivot(
+            index="case", columns="mode", values="dice"
+        )
+        gain = np.sort((chosen["tta"] - chosen["plain"]).to_numpy())[::-1]
+        summary = cohorts[cohort][region]["tta_gain"]
+        axes.axhline(0, color="#333c47", linewidth=0.8)
+        axes.bar(
+            np.arange(1, len(gain) + 1), gain, color=np.where(gain >= 0, "#2a9d74", "#c8553d"), width=0.8
+        )
+        axes.axhline(summary["mean"], color=COHORT_COLOURS[cohort], linewidth=1.2)
+        title = f"{cohort}: mean {summary['mean']:+.4f}"
+        if summary["ci95"]:
+            axes.axhspan(*summary["ci95"], color=COHORT_COLOURS[cohort], alpha=0.18, linewidth=0, zorder=0)
+            title += ", 95 % interval {:+.4f} to {:+.4f}".format(*summary["ci95"])
+        axes.set_title(title, fontsize=10)
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        axes.set_xlim(0.4, len(gain) + 0.6)
+        axes.set_xlabel(f"case, most to least gain (n = {len(gain)})")
+        axes.set_ylabel(f"{region} Dice, TTA - plain")
+        tidy(axes)
+    figure.suptitle(f"What test-time augmentation changes{note}", fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_bland_altman(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
+    """Draw the volume error in ml against the mean of prediction and reference, with limits of agreement."""
+    figure, panels = _panels(rows, 5.2, 3.4)
+    for (cohort, region), axes in panels.items():
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        colour = COHORT_COLOURS[cohort]
+        error = cohorts[cohort][region]["tta"]["volume_error_ml"]
+        axes.axhline(0, color="#333c47", linewidth=0.8)
+        axes.axhline(error["mean"], color=colour, linewidth=1.4, label=f"mean {error['mean']:+.1f} ml")
+        if error["ci95"]:
+            axes.axhspan(*error["ci95"], color=colour, alpha=0.15, linewidth=0, label="95 % interval of it")
+        if limits := error["limits_of_agreement"]:
+            label = "limits of agreement {:+.1f} and {:+.1f} ml".format(*limits)
+            for edge in limits:
+                axes.axhline(edge, color=colour, linewidth=1, linestyle="--", label=label)
+                label = None
+        mean_ml = (chosen["prediction_ml"] + chosen["reference_ml"]) / 2
+        axes.scatter(mean_ml, chosen["volume_error_ml"], color=colour, s=26, alpha=0.85, linewidths=0)
+        reach = 1.15 * max(
+            [*map(abs, error["limits_of_agreement"] or []), *abs(chosen["volume_error_ml"]), 0.1]
+        )
+        axes.set_ylim(-reach, reach * 1.55)  # room for the legend
+        axes.set_xlim(left=0)
+        axes.set_xlabel("mean of prediction and reference in ml")
+        axes.set_ylabel(f"{region} prediction - reference in ml")
+        axes.set_title(f"{cohort}, n = {len(chosen)}", fontsize=10)
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+        tidy(axes)
+    figure.suptitle(f"Volume error per case (Bland-Altman), with TTA{note}", fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_reliability(path: Path, calibration: dict, note: str) -> None:
+    """Draw, per region, the share of reference tumour over predicted probability, and each bin's voxels."""
+    figure = Figure(figsize=(4.8 * len(calibration), 5.0), layout="constrained")
+    grid = figure.subplots(2, len(calibration), squeeze=False, sharex=True, height_ratios=(3, 1))
+    for column, (region, modes) in enumerate(calibration.items()):
+        upper, lower = grid[:, column]
+        upper.plot([0, 1], [0, 1], color=GREY, linewidth=0.9, linestyle=":", label="perfect calibration")
+        edges = np.array(modes["tta"]["bin_edges"])
+        centres, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
+        colour = REGION_COLOURS[region]
+        for offset, mode, name, style, fill in (
+            (-0.22, "plain", "plain", "--", GREY),
+            (0.22, "tta", "TTA", "-", colour),
+        ):
+            part = modes[mode]
+            filled = [i for i, value in enumerate(part["mean_probability"]) if value is not None]
+            upper.plot(
+                [part["mean_probability"][i] for i in filled],
+                [part["reference_share"][i] for i in filled],
+                style,
+                color=fill,
+                marker=".",
+                label=f"{name}, ECE {part['ece']:.4f}" if filled else name,
+            )
+            lower.bar(centres + offset * width, part["voxels"], 0.42 * width, color=fill)
+        upper.set_ylim(-0.02, 1.02)
+        upper.set_xlim(-0.01, 1.01)
+        upper.set_ylabel("share of reference tumour")
+        upper.set_title(f"{region}, {modes['tta']['n_voxels']:,} voxels of brain", fontsize=10)
+        upper.legend(frameon=False, fontsize=8, loc="upper left")
+        lower.set_yscale("log")
+        lower.set_ylim(bottom=0.7)
+        lower.set_ylabel("voxels")
+        lower.set_xlabel("predicted probability")
+        tidy(upper)
+        tidy(lower)
+    figure.suptitle(
+        f"Calibration on validation (ECE: expected calibration error)\n{note.strip()}".rstrip(), fontsize=11
+    )
+    save_figure(figure, path)
+
+
+def plot_comparison(
+    path: Path, paired: pd.DataFrame, cohorts: dict, names: tuple[str, str], note: str
+) -> None:
+    """Draw the Dice of run A against that of run B per case, with TTA; above the diagonal A is better.
+
+    `paired` has the columns dice_a and dice_b beside those of `rows`; `cohorts` is that part of
+    comparison.json.
+    """
+    paired = paired[paired["mode"] == "tta"]
+    figure, panels = _panels(paired, 4.4, 4.4)
+    for (cohort, region), axes in panels.items():
+        chosen = paired[(paired["cohort"] == cohort) & (paired["region"] == region)]
+        difference = cohorts[cohort][region]["tta"]["dice"]["difference"]
+        values = chosen[["dice_a", "dice_b"]].to_numpy()
+        low = max(-0.02, float(np.floor(10 * values.min() - 0.5) / 10))
+        axes.plot([low, 1], [low, 1], color=GREY, linewidth=0.9)
+        axes.scatter(
+            values[:, 1], values[:, 0], color=COHORT_COLOURS[cohort], s=28, alpha=0.85, linewidths=0, zorder=3
+        )
+        axes.set_xlim(low, 1.01)
+        axes.set_ylim(low, 1.01)
+        axes.set_aspect("equal")
+        axes.set_xlabel(f"{region} Dice, B: {names[1]}")
+        axes.set_ylabel(f"{region} Dice, A: {names[0]}")
+        title = f"{cohort}, n = {len(chosen)}: A - B {difference['mean']:+.4f}"
+        if difference["ci95"]:
+            title += "\n95 % interval {:+.4f} to {:+.4f}".format(*difference["ci95"])
+            title += f", sign-flip p {difference['p_sign_flip']:.3g}"
+        axes.set_title(title, fontsize=10)
+        tidy(axes)
+        axes.grid(axis="x", color="#e6e9ec", linewidth=0.8)
+    figure.suptitle(f"Dice per case, both with TTA\n{note.strip()}".rstrip(), fontsize=11)
+    save_figure(figure, path)

@@ -1,0 +1,31 @@
+"""What an audit hands to its report and figures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+
+class CasePicture(NamedTuple):
+    """One slice of a case with its masks."""
+
+    z: int
+    pixels: np.ndarray  # (H, W), normalised
+    reference: np.ndarray  # (H, W) bool
+    prediction: np.ndarray  # (H, W) bool
+    window: tuple[float, float]  # the values shown as black and white
+    spacing_mm: tuple[float, float, float]  # (D, H, W)
+
+
+@dataclass(frozen=True)
+class AuditResults:
+    """The numbers and pictures of one audited run."""
+
+    run: Path
+    summary: dict[str, Any]  # what summary.json holds
+    rows: pd.DataFrame  # what metrics_per_case.csv holds
+    leakage: pd.DataFrame  # what leakage.csv holds
+    counts: dict[str, np.ndarray]  # per cohort TP, FP and FN with TTA at each of THRESHOLDS, (R, T, 3)
+    pictures: dict[str, dict[str, CasePicture]]  # per test cohort and case, of the first region

@@ -1,0 +1,97 @@
+"""Test cases that training or validation has seen: found, counted, refused."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cohort.cache import PreparedCase
+from cohort.leakage import Identity, find_seen, identify_case, identity_of_ids, unpack_identities
+from runtime.errors import InputError
+from runtime.files import write_atomically
+from runtime.log import log
+
+
+def identify_seen(checkpoint: Mapping[str, Any], cases: Sequence[PreparedCase]) -> list[Identity]:
+    """Return the identity of every case a run has trained or validated on.
+
+    Checkpoints hold them, but for old ones. For those `cases` are the training and validation cases that are
+    still there; the others are known by their ids alone.
+    """
+    known = unpack_identities(checkpoint)
+    if known is not None:
+        return known
+    log.info("the checkpoint holds no fingerprints; they are taken from the cases of its training")
+    known = [identify_case(case) for case in cases]
+    names = {one.case_id for one in known}
+    gone = [entry for entry in checkpoint["seen"] if entry[0] not in names]
+    if gone:
+        log.warning(
+            "%d training case(s), first %s, are not there and known by id alone", len(gone), gone[0][0]
+        )
+    return known + [identity_of_ids(case_id, patient_id) for case_id, patient_id, *_ in gone]
+
+
+def list_leakage(cohorts: Mapping[str, Sequence[PreparedCase]], known: Sequence[Identity]) -> pd.DataFrame:
+    """Return the rows of `find_seen` for the internal and the external cohort."""
+    tables = [
+        find_seen(cohort, [identify_case(case) for case in cases], known)
+        for cohort, cases in cohorts.items()
+        if cohort != "validation"
+    ]
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+
+
+def count_seen(
+    cohorts: Mapping[str, Sequence[PreparedCase]], leakage: pd.DataFrame
+) -> dict[str, dict[str, int]]:
+    """Return {cohort: {"cases", "seen", "unseen"}} of the internal and the external cohort."""
+    counts = {}
+    for cohort, cases in cohorts.items():
+        if cohort != "validation":
+            seen = int((leakage["cohort"] == cohort).sum())
+            counts[cohort] = {"cases": len(cases), "seen": seen, "unseen": len(cases) - seen}
+    return counts
+
+
+def refuse_seen(seen: dict[str, dict[str, int]], leakage: pd.DataFrame, allow_seen: bool) -> None:
+    """Raise InputError where an internal case was seen or no external one is unseen, unless allowed.
+
+    An external cohort of which some were seen goes on: it is reported as a whole, marked, and without them.
+    """
+    for cohort, count in () if allow_seen else seen.items():
+        if not count["seen"] or (cohort == "external" and count["unseen"]):
+            continue
+        first = leakage[leakage["cohort"] == cohort].iloc[0]
+        example = f"{first['case']} is {first['training_case']} by {first['evidence']}"
+        if cohort == "external":
+            raise InputError(
+                "--external-dir",
+                f"each of its {count['cases']} cases was seen in training or validation ({example}), so they "
+                "are not external",
+                "give another cohort, train with --hold-out-dir, or pass --allow-seen to mark the output",
+            )
+        raise InputError(
+            f"{cohort} test cases",
+            f"{count['seen']} of them were seen in training or validation ({example})",
+            "take them out, or pass --allow-seen to audit them and mark the output",
+        )
+
+
+def search_leakage(
+    path: Path,
+    cohorts: Mapping[str, Sequence[PreparedCase]],
+    known: Sequence[Identity],
+    allow_seen: bool,
+) -> tuple[pd.DataFrame, dict[str, dict[str, int]]]:
+    """Return the rows of leakage.csv and the counts of `count_seen`; write and log them, then refuse."""
+    leakage = list_leakage(cohorts, known)
+    write_atomically(path, lambda target: leakage.to_csv(target, index=False))
+    seen = count_seen(cohorts, leakage)
+    for cohort, count in seen.items():
+        log.info(
+            "%s: %d cases, %d of them seen in training or validation, %d unseen", cohort, *count.values()
+        )
+    refuse_seen(seen, leakage, allow_seen)
+    return leakage, seen

@@ -1,0 +1,92 @@
+"""The split into training, validation and test: by patient, seeded, frozen with a hash."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cohort.cases import Case
+from runtime.errors import InputError
+
+# ------------------------------------------------------------------------------------------------------------
+# Split
+# ------------------------------------------------------------------------------------------------------------
+
+SPLIT_PARTS = ("train", "validation", "test")
+
+
+def split_cases(
+    cases: Sequence[Case], seed: int = 0, fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)
+) -> dict[str, Any]:
+    """Return a split by patient: seed, fractions, the case ids of each part, and a SHA-256 of them.
+
+    Patients are sorted, then shuffled by the seed, so the split depends on the ids alone. Each part gets at
+    least one patient; fewer than three patients raise InputError.
+    """
+    patients = sorted({case.patient_id for case in cases})
+    if len(patients) < 3:
+        raise InputError(
+            "the split",
+            f"{len(patients)} patient(s) cannot be split into train, validation and test",
+            "3 are needed",
+        )
+    order = np.random.default_rng(seed).permutation(len(patients))
+    validation = max(1, min(round(fractions[1] * len(patients)), len(patients) - 2))
+    test = max(1, min(round(fractions[2] * len(patients)), len(patients) - validation - 1))
+    edges = [0, validation, validation + test, len(patients)]
+    part_of = {}
+    for part, start, stop in zip(("validation", "test", "train"), edges, edges[1:], strict=False):
+        part_of |= {patients[index]: part for index in order[start:stop]}
+    parts = {
+        part: sorted(case.case_id for case in cases if part_of[case.patient_id] == part)
+        for part in SPLIT_PARTS
+    }
+    return {"seed": seed, "fractions": list(fractions), **parts, "sha256": split_sha256(parts)}
+
+
+def split_sha256(parts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the case ids in train, validation and test."""
+    return hashlib.sha256(json.dumps([parts[part] for part in SPLIT_PARTS]).encode()).hexdigest()
+
+
+def read_split(path: str | Path) -> dict[str, Any]:
+    """Read a split file; raises InputError where it is missing, altered, or its parts share a case."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(path, "no such split file", "give the split.json of a run")
+    try:
+        split = json.loads(path.read_text())
+        intact = split["sha256"] == split_sha256(split)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(path, f"not a split file ({error})", "give the split.json of a run") from error
+    if not intact:
+        raise InputError(
+            path, "the case ids do not match their SHA-256", "the split was altered, take the original"
+        )
+    ids = [case_id for part in SPLIT_PARTS for case_id in split[part]]
+    if len(ids) != len(set(ids)):
+        raise InputError(path, "a case is in more than one part of the split")
+    return split
+
+
+def cases_of_split(
+    cases: Sequence[Case], split: Mapping[str, Any], part: str, data_dir: str | Path
+) -> list[Case]:
+    """Return the cases of one part in the split's order; raises InputError where one is not among `cases`."""
+    by_id = {case.case_id: case for case in cases}
+    if missing := [case_id for case_id in split[part] if case_id not in by_id]:
+        raise InputError(
+            data_dir, f"{len(missing)} {part} case(s) of the split are not there, first {missing[0]}"
+        )
+    return [by_id[case_id] for case_id in split[part]]
+
+
+def without_cases(split: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
+    """Return a split without some cases, under its own hash; InputError where a part of it would be empty."""
+    parts = {name: [case_id for case_id in split[name] if case_id not in left_out] for name in SPLIT_PARTS}
+    if empty := [name for name in SPLIT_PARTS if not parts[name]]:
+        raise InputError("--split", f"all its {empty[0]} cases are left out of this run", "draw a new one")
+    return {**split, **parts, "sha256": split_sha256(parts)}

@@ -1,0 +1,230 @@
+"""Settings and command lines: a frozen dataclass per command becomes its flags.
+
+A field's default and the docstring under it are what `--help` shows; tyro makes the command line from them.
+Number types of this module carry a range, which is checked wherever settings come from: flags, a file, a
+checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import itertools
+import math
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from runtime import machine
+from runtime.errors import InputError
+from runtime.log import close_log, start_log
+
+Settings = TypeVar("Settings")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranges
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be; NaN and infinity are never in a range."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False  # more than `low`, not `low` itself
+    below: bool = False  # less than `high`, not `high` itself
+
+    def holds(self, value: float) -> bool:
+        """Return whether a value is in the range."""
+        if not math.isfinite(value):
+            return False
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low}" if self.above else f"{self.low} or more"
+        edges = f"from {self.low} to {self.high}"
+        without = [str(edge) for edge, is_out in ((self.low, self.above), (self.high, self.below)) if is_out]
+        return f"{edges}, without {' and '.join(without)}" if without else edges
+
+
+class Distinct:
+    """Marks a setting that takes one value or more, each once."""
+
+
+def _number(kind: type, allowed: Range) -> Any:
+    return Annotated[kind, allowed, tyro.conf.arg(metavar=f"{kind.__name__.upper()} {allowed}")]
+
+
+Count = _number(int, Range(1))  # 1, 2, ...
+CountOrNone = _number(int, Range(0))  # 0, 1, ...: a number that may be none at all
+Seed = _number(int, Range(0, 2**31 - 1))
+Positive = _number(float, Range(0, above=True))
+NotNegative = _number(float, Range(0))
+Share = _number(float, Range(0, 1))
+Decay = _number(float, Range(0, 1, below=True))
+
+
+def check_settings(settings: Any) -> None:
+    """Raise InputError where a value of a settings dataclass, or of one nested in it, is out of its range."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            check_settings(value)
+            continue
+        for marker in _markers(hints[field.name]):
+            flag = flag_of(field.name)
+            values = value if isinstance(value, tuple) else (value,)
+            if isinstance(marker, Range):
+                for number in values:
+                    if number is not None and not marker.holds(number):
+                        raise InputError(f"{flag} {number}", f"must be a number {marker}")
+            if isinstance(marker, Distinct) and not values:
+                raise InputError(flag, "needs a value")
+            if isinstance(marker, Distinct) and len(set(values)) < len(values):
+                raise InputError(f"{flag} {' '.join(values)}", "names one value twice", "name each once")
+
+
+def _markers(hint: Any) -> Iterator[Any]:
+    """Yield the Range and Distinct objects anywhere in a type."""
+    for argument in typing.get_args(hint):
+        if isinstance(argument, Range | Distinct):
+            yield argument
+        yield from _markers(argument)
+    for marker in getattr(hint, "__metadata__", ()):
+        if isinstance(marker, Range | Distinct):
+            yield marker
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings as plain values
+# ------------------------------------------------------------------------------------------------------------
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """Return settings as one flat dictionary of plain values: nested dataclasses lose their nesting."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        plain |= to_plain(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return plain
+
+
+def from_plain(settings_class: type[Settings], plain: Mapping[str, Any]) -> Settings:
+    """Return the settings of `to_plain`; what is missing has its default, what is unknown is left out.
+
+    Raises InputError where a value is out of its range.
+    """
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            values[field.name] = from_plain(hints[field.name], plain)
+        elif field.name in plain:
+            value = plain[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    settings = settings_class(**values)
+    check_settings(settings)
+    return settings
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def parse(
+    settings_class: type[Settings],
+    description: str = "",
+    defaults: Settings | None = None,
+    arguments: Sequence[str] | None = None,
+) -> Settings:
+    """Return settings from the command line (or from `arguments`); what is not typed has its default.
+
+    A flag per field, `_` written as `-`. InputError on an unknown flag and on a value of the wrong type or
+    out of its range. --help ends the program.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            settings = tyro.cli(
+                settings_class,
+                prog=Path(sys.argv[0]).name,
+                description=description,
+                default=settings_class() if defaults is None else defaults,
+                args=arguments,
+                config=(tyro.conf.HelptextFromCommentsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise InputError("the command line", _unbox(complaint.getvalue()), "--help lists all") from stop
+        raise
+    check_settings(settings)
+    return settings
+
+
+def _unbox(text: str) -> str:
+    """Return the first paragraph of a message that tyro drew in a box, on one line."""
+    lines = [line.strip("╭╮╰╯│─ ") for line in text.splitlines()]
+    paragraph = itertools.takewhile(bool, lines[1:])  # under the title
+    return " ".join(paragraph).rstrip(".") or " ".join(lines)
+
+
+def run_command(
+    main: Callable[[Any], None],
+    settings_class: type[Settings],
+    description: str,
+    choose: Callable[[Callable[..., Settings]], Settings] | None = None,
+) -> None:
+    """Parse the command line, call `main(settings)` and turn bad input into one sentence and exit code 2.
+
+    `choose` is for settings whose defaults depend on what was typed: it gets a function that parses the
+    command line with the defaults it is given, and returns the settings. Ctrl-C ends with exit code 130, a
+    full disk with 2; any other exception is a defect and keeps its traceback.
+    """
+    name = Path(sys.argv[0]).name
+
+    def parse_with(defaults: Settings | None = None) -> Settings:
+        return parse(settings_class, description, defaults)
+
+    start_log()
+    machine.keep_freed_memory()
+    try:
+        main(choose(parse_with) if choose else parse_with())
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        print(
+            f"{name}: error: cannot write{place}: {error.strerror}; free space or choose another folder.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    finally:
+        close_log()
+
+
+def command_line() -> str:
+    """Return the command that is running, as typed, with the script's name alone."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

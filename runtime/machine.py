@@ -1,0 +1,129 @@
+"""The machine a program runs on: device, number format, memory, seeds, versions."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import random
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from runtime.errors import InputError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt, from malloc.h
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Seeds, devices, files
+# ------------------------------------------------------------------------------------------------------------
+
+
+DeviceName = Literal["auto", "cuda", "cpu", "mps"]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep the memory of freed tensors; nothing where the C library is another one.
+
+    It gives blocks of 32 MiB and more back to the system at once, and the next layer's map is fetched anew,
+    page by page: 440,000 page faults a step and a third of its time for 16 slabs on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy's global generator (read by libraries alone) and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device for auto, cuda, cpu or mps; InputError where the one asked for is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available[name]:
+        raise InputError(
+            f"--device {name}", "this machine has none that torch can use", "take --device auto or cpu"
+        )
+    return torch.device(name)
+
+
+def amp_dtype(device: torch.device, amp: bool) -> torch.dtype | None:
+    """Return the mixed-precision type for a device, or None for float32.
+
+    CUDA: bfloat16 from compute capability 8, float16 below. CPU: bfloat16 where it has the instructions for
+    it.
+    """
+    if not amp or device.type == "mps":
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public test for either
+    has_bf16 = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return torch.bfloat16 if has_bf16 else None
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return the hardware a number was measured on, as plain values."""
+    memory_gb = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
+    )
+    machine = {
+        "device": device.type,
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(memory_gb, 1) if memory_gb else None,
+    }
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        machine["cpu"] = names[0] if names else machine["cpu"]
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages a result depends on."""
+    packages = (
+        "torch",
+        "torchvision",
+        "albumentations",
+        "nibabel",
+        "numpy",
+        "pandas",
+        "opencv-python",
+        "scipy",
+    )
+    found = {name: importlib.metadata.version(name) for name in packages if _is_installed(name)}
+    return {"python": platform.python_version(), **found}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the peak memory in GiB so far: allocated by torch on CUDA, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
