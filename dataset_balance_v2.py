@@ -9,6 +9,7 @@ every file of it, or removes the cache:
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -198,9 +199,11 @@ class BalancedSampler(Sampler):
 
 
 def start_worker(_: int) -> None:
-    """Keep a loader worker to one thread: the workers share the processor with each other."""
+    """Keep a loader worker to one thread, and let what computes go first where both want one core."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    if hasattr(os, "nice"):
+        os.nice(5)
 
 
 def make_train_loader(

@@ -35,7 +35,7 @@ from cohort.cases import Case, with_reference
 from cohort.layouts import CaseSource, find_cases, find_cases_of_run, log_cases
 from cohort.leakage import unpack_identities
 from cohort.split import cases_of_split, read_split
-from inference_v2 import VIEWS, TrainedModel, load_model, predict_views
+from inference_v2 import VIEWS, TrainedModel, choose_threads, load_model, predict_views
 from runtime.checkpoints import newest_run
 from runtime.command import Count, Seed, command_line, run_command
 from runtime.errors import InputError
@@ -121,6 +121,7 @@ def main(config: EvaluationConfig) -> None:
 
     audits = {}
     for cohort, cases in cohorts.items():
+        choose_threads(model, config.batch_size)
         seen_ids = set(leakage.loc[leakage["cohort"] == cohort, "case"])
         audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
     if not is_main():

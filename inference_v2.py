@@ -44,6 +44,7 @@ from cohort.preprocess import (
 )
 from cohort.split import cases_of_split, read_split
 from model_drunet_v2 import build_network, prepare_network
+from runtime import cpu_threads
 from runtime.checkpoints import load_checkpoint, load_weights, newest_run
 from runtime.command import Count, Share, run_command
 from runtime.errors import InputError
@@ -332,6 +333,7 @@ def main(config: InferenceConfig) -> None:
     if config.compile:
         model = compile_model(model, config.batch_size, config.tta)
     log_cases(cases)
+    choose_threads(model, config.batch_size)
     own_cases = share_of(cases)
     segmented = segment_cases(config, model, own_cases)
     rows_by_case = gather_shares(list(progress(segmented, "segmenting", "case", len(own_cases))))
@@ -368,6 +370,14 @@ class FixedBatch(nn.Module):
             slab = torch.cat([slab, slab.new_zeros(free, *slab.shape[1:])])
             slab = slab.contiguous(memory_format=torch.channels_last)
         return self.network(slab)[: self.batch_size - free]
+
+
+def choose_threads(model: TrainedModel, batch_size: int) -> None:
+    """Compute with the number of threads that is fastest now, where torch computes on a CPU."""
+    if model.device.type == "cpu" and not isinstance(model.network, OnnxNetwork):
+        channels = len(model.modalities) * (2 * model.context + 1)
+        batch = Batch((min(batch_size, 4), channels, model.size, model.size), model.device, model.dtype)
+        cpu_threads.choose_threads(lambda: try_pass(model.network, batch))
 
 
 def compile_model(model: TrainedModel, batch_size: int, tta: bool) -> TrainedModel:

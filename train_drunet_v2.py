@@ -34,7 +34,7 @@ from audit import masks, overlays, plots
 from cohort import cache, leakage, phantom, selection
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
-from runtime import checkpoints, command, files, machine, probe, ranks
+from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks
 from runtime.command import Count, CountOrNone, Decay, NotNegative, Positive, Seed, Share
 from runtime.errors import InputError
 from runtime.log import log, log_to_file, progress
@@ -388,12 +388,12 @@ def finish_epoch(
 def write_log(run: Run, row: dict[str, Any]) -> None:
     """Add an epoch to log.csv, in place of what an earlier attempt left, and draw the curves."""
     path = run.folder / "log.csv"
-    table = pd.DataFrame([row])
+    table = pd.DataFrame([row]).astype(str)  # as text, so that no earlier figure is rounded again
     if path.exists():
-        before = pd.read_csv(path, float_precision="round_trip")
-        table = pd.concat([before[before["epoch"] < row["epoch"]], table], ignore_index=True)
+        before = pd.read_csv(path, dtype=str)
+        table = pd.concat([before[before["epoch"].astype(int) < row["epoch"]], table], ignore_index=True)
     files.write_atomically(path, lambda target: table.to_csv(target, index=False))
-    plots.plot_curves(run.folder / "curves.png", table, run.title)
+    plots.plot_curves(run.folder / "curves.png", table.apply(pd.to_numeric), run.title)
 
 
 def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
@@ -527,6 +527,14 @@ def open_run(
     return Run(config, folder, device, dtype, chosen.facts), chosen
 
 
+def choose_threads(run: Run, network: nn.Module) -> None:
+    """Compute with the number of threads that is fastest now, where a CPU computes."""
+    if run.device.type == "cpu":
+        shape = (min(run.config.batch_size, 4), network.in_channels, run.config.size, run.config.size)
+        batch = probe.Batch(shape, run.device, run.dtype)
+        cpu_threads.choose_threads(lambda: probe.try_step(network, network, batch))
+
+
 def draw_first_batch(run: Run, loader: DataLoader) -> None:
     """Draw the first training batch, as the network sees it, into batch.png."""
     keys = itertools.islice(loader.sampler, run.config.batch_size)
@@ -576,6 +584,7 @@ def main(config: TrainConfig) -> None:
 
     minutes_before, first_epoch = state.minutes, state.epoch
     while state.epoch < config.epochs and (state.epoch == first_epoch or not clock.is_out()):
+        choose_threads(run, state.network)
         loader.sampler.epoch = state.epoch
         figures = train_one_epoch(run, state, loader, clock)
         begun = time.monotonic()
