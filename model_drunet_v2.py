@@ -176,7 +176,7 @@ class DRUNetV2(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.constant_(self.head.bias, -2.94)
+        nn.init.constant_(self.head.bias, -2.94)  # log(0.05 / 0.95)
 
     def forward(self, slab: Tensor) -> Tensor:
         """Return the logits of a batch of slabs; the filters beside it are those of the default widths."""
@@ -463,7 +463,8 @@ def main(config: ModelConfig) -> None:
     except ValueError as error:
         raise InputError("--widths", str(error), "change --widths or --size") from error
     saved = []
-    for model.checkpointing in (False, True):
+    for is_on in (False, True):
+        model.checkpointing = is_on
         saved.append(estimate_activation_bytes(model, (16, *shape[1:]), side=2 * model.multiple) / 2**30)
     model.checkpointing = False
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Train DRUnet V2.
 
-    python train_drunet_v2.py                                the demo: phantoms, minutes on a CPU
-    python train_drunet_v2.py --data-dir data/BraTS2021      the real thing
+    python train_drunet_v2.py                                data/BraTS2021; without it the demo on phantoms
+    python train_drunet_v2.py --data-dir data/cohort         your own cases
     python train_drunet_v2.py --resume results/RUN           go on where a run stopped
     python train_drunet_v2.py --config results/RUN/config.json    a new run with the settings of another
     torchrun --nproc-per-node 2 -- train_drunet_v2.py ...    the same on two GPUs, --batch-size on each
@@ -56,7 +56,8 @@ class TrainConfig:
     results_dir: str = "results"
     """folder that holds the runs"""
     resume: str | None = None
-    """run folder to go on with, under its own settings; of others, those that change no result may differ"""
+    """run folder to go on with, under its own settings; only --epochs, --max-minutes, --early-stop,
+    --workers, --device, --cache-dir, --compile, --checkpointing and --probe may be given with it"""
     config: str | None = None
     """config.json of another run, whose settings are the defaults of this one"""
     seed: Seed = 0
@@ -89,7 +90,7 @@ class TrainConfig:
     slabs_per_epoch: Count | None = None
     """slabs drawn per epoch; default: as many as there are training slices"""
     early_stop: Count = 15
-    """epochs without a better validation Dice before the run ends"""
+    """epochs without any rise of validation Dice before the run ends"""
 
     # the step
     batch_size: Count = 16
@@ -99,13 +100,13 @@ class TrainConfig:
     learning_rate: Positive = 1e-4
     """AdamW learning rate after warm-up"""
     min_learning_rate: NotNegative = 1e-5
-    """learning rate after the drop"""
+    """the learning rate never drops below this"""
     warmup_steps: CountOrNone = 200
     """optimiser steps of linear warm-up, at most one epoch"""
     patience: CountOrNone = 5
-    """epochs without a better validation Dice before the learning rate drops"""
+    """epochs in a row without a rise of validation Dice above 0.001; the next divides the rate by 10"""
     drop_by: Positive = 0.75
-    """share of the epochs or minutes after which the drop comes in any case; above 1 never"""
+    """share of the epochs or minutes after which the rate is --min-learning-rate; above 1 never"""
     weight_decay: NotNegative = 1e-2
     """AdamW weight decay"""
     clip_norm: Positive = 5.0
@@ -151,7 +152,8 @@ DEMO = TrainConfig(
     warmup_steps=50,
     ema=0.98,
 )
-# What a resumed run may change: how long it goes on and where, never what it computes.
+# What a resumed run may change: how long it goes on and where. --epochs and --max-minutes also move the drop
+# of the learning rate (--drop-by); one that has happened stays.
 RESUMABLE = ("epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "compile")
 RESUMABLE += ("checkpointing", "probe")
 

@@ -1,4 +1,4 @@
-"""Imports point one way: DESIGN's rooms, checked against the code."""
+"""Imports point one way, as docs/how-it-fits.md draws it."""
 
 import ast
 from pathlib import Path
