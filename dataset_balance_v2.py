@@ -43,7 +43,7 @@ from runtime.log import log
 
 
 def slice_table(cases: Sequence[PreparedCase], regions: Sequence[str]) -> pd.DataFrame:
-    """Return one row a slice: case (index into `cases`), z, brain_voxels, and the voxels of each region."""
+    """Return one row per slice: case (index into `cases`), z, brain_voxels, and the voxels of each region."""
     frames = []
     for index, case in enumerate(cases):
         columns = {"case": index, "z": np.arange(len(case.brain_voxels)), "brain_voxels": case.brain_voxels}
@@ -173,7 +173,7 @@ def is_cut(case: PreparedCase, size: int) -> bool:
 
 
 class BalancedSampler(Sampler):
-    """Draws rows of the slice table by their weights, with replacement, anew and seeded in each epoch.
+    """Draws rows of the slice table with replacement, by their weights, in a new seeded order each epoch.
 
     Of several ranks each takes every `ranks`-th draw of one order, equally many: no draw is taken twice, and
     two ranks at batch 8 see in each step what one sees at batch 16.

@@ -43,13 +43,13 @@ from runtime.files import file_sha256, write_atomically, write_json
 from runtime.log import log, progress
 from runtime.machine import DeviceName, choose_device, describe_machine, describe_versions, set_seed
 from runtime.ranks import (
+    end_together,
     from_main,
     gather_shares,
     is_main,
     join_ranks,
     local_device,
     share_of,
-    with_one_voice,
     world_size,
 )
 from utils_v2 import THRESHOLDS, overlap_at_thresholds
@@ -312,7 +312,7 @@ def summarise_bins(model: TrainedModel, bins: dict[str, np.ndarray]) -> dict[str
 
 if __name__ == "__main__":
     run_command(
-        with_one_voice(main),
+        end_together(main),
         EvaluationConfig,
         "Audit a trained run on its held-out test cases and on an external cohort. Under torchrun the ranks "
         "share the cases.",

@@ -53,13 +53,13 @@ from runtime.log import log, progress
 from runtime.machine import DeviceName, amp_dtype, choose_device
 from runtime.probe import Batch, compile_network, try_pass
 from runtime.ranks import (
+    end_together,
     from_main,
     gather_shares,
     is_main,
     join_ranks,
     local_device,
     share_of,
-    with_one_voice,
 )
 from runtime.threads import read_ahead, write_behind
 
@@ -448,7 +448,7 @@ def _choose_providers(onnxruntime: Any, device: torch.device) -> list[str | tupl
 
 if __name__ == "__main__":
     run_command(
-        with_one_voice(main),
+        end_together(main),
         InferenceConfig,
         "Segment brain tumours in new cases and write masks, overlays and volumes. Under torchrun the ranks "
         "share the cases.",

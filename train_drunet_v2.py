@@ -258,7 +258,7 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
         slab = slab.to(device, non_blocking=True, memory_format=torch.channels_last)  # (N, C*K, S, S)
         target = target.to(device, non_blocking=True)  # (N, R, S, S)
         is_update_step = (index + 1) % config.accumulate == 0
-        with ranks.keep_gradients(state.forward, keep=not is_update_step):
+        with ranks.accumulate_gradients(state.forward, defer_sync=not is_update_step):
             with torch.autocast(device.type, run.dtype, enabled=run.dtype is not None):
                 logits = state.forward(slab)  # (N, R, S, S)
             loss = loss_function(logits, target)
@@ -363,7 +363,7 @@ def finish_epoch(
     if is_better:
         state.best_dice, state.best_epoch = mean, state.epoch
     state.scheduler.step(mean)
-    if max(clock.share(), state.epoch / config.epochs) >= config.drop_by:
+    if max(clock.fraction_used(), state.epoch / config.epochs) >= config.drop_by:
         optimizer.param_groups[0]["lr"] = min(optimizer.param_groups[0]["lr"], config.min_learning_rate)
     peak_gb = machine.peak_memory_gb(run.device)
     if ranks.is_main():
@@ -467,7 +467,7 @@ def make_state(config: TrainConfig, device: torch.device, dtype: torch.dtype | N
         )
     network.checkpointing = config.checkpointing
     if config.sync_batchnorm:
-        network = ranks.share_batchnorm(network, device)
+        network = ranks.sync_batchnorm(network, device)
     network = network.to(device, memory_format=torch.channels_last)
     recipe = Recipe(
         config.learning_rate,
@@ -612,7 +612,7 @@ def main(config: TrainConfig) -> None:
 
 if __name__ == "__main__":
     command.run_command(
-        ranks.with_one_voice(main),
+        ranks.end_together(main),
         TrainConfig,
         "Train DRUnet V2. Without data it runs the demo on synthetic phantoms.",
         choose_settings,

@@ -260,20 +260,22 @@ def surface_metrics(
 ) -> tuple[float, float]:
     """Return (HD95 in mm, normalised surface Dice) of two bool masks from one pass over their surfaces.
 
-    See `hd95` and `normalised_surface_dice`, each of which is one of the two.
+    Masks (D, H, W) bool, spacing (D, H, W) in mm. HD95: see `hd95`. Surface Dice: the share of the two
+    surfaces, by area, that lies within the tolerance of the other one, 0 to 1. It is 1 where both masks are
+    empty, 0 where exactly one is. Nikolov et al. 2018 (arXiv 1809.04430), equation 4, with surfaces as the
+    surface-distance package has them.
     """
     check_masks(reference, prediction)
     if not reference.any() or not prediction.any():
         return (0.0, 1.0) if reference.any() == prediction.any() else (HD95_ONE_EMPTY_MM, 0.0)
     surfaces = surface_distances_mm(reference, prediction, spacing_mm)
+    # 1e-9 keeps rounding from deciding ties: exactly 95 % of the area, a distance equal to the tolerance
     percentiles = []
     for distance, area in surfaces:
         order = np.argsort(distance, kind="stable")
-        share = np.cumsum(area[order])
-        # the sum's rounding must not decide where exactly 95 % are reached
-        position = int(np.searchsorted(share / share[-1], 0.95 - 1e-9))
+        cumulative_area = np.cumsum(area[order])
+        position = int(np.searchsorted(cumulative_area / cumulative_area[-1], 0.95 - 1e-9))
         percentiles.append(float(distance[order][position]))
-    # nor a distance's whether it is within the tolerance
     within = sum(float(area[distance <= tolerance_mm + 1e-9].sum()) for distance, area in surfaces)
     return max(percentiles), within / sum(float(area.sum()) for _, area in surfaces)
 
@@ -285,15 +287,3 @@ def hd95(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[flo
     package and the BraTS evaluation have it. 0 where both masks are empty, 374 where exactly one is.
     """
     return surface_metrics(reference, prediction, spacing_mm)[0]
-
-
-def normalised_surface_dice(
-    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float = 1.0
-) -> float:
-    """Share of the two surfaces, by area, that lies within the tolerance of the other one: 0 to 1.
-
-    Masks (D, H, W) bool, spacing (D, H, W) in mm. 1 where both masks are empty, 0 where exactly one is.
-    Nikolov et al. 2018 (arXiv 1809.04430), equation 4, with surfaces as the surface-distance package has
-    them.
-    """
-    return surface_metrics(reference, prediction, spacing_mm, tolerance_mm)[1]

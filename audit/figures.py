@@ -39,8 +39,8 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     note = f" ({PHANTOM_NOTE})" if summary["data_kind"] == "phantom" else ""
     tested = results.rows[results.rows["cohort"] != "validation"]
     captions = dict(CAPTIONS)
-    log = results.run / "log.csv"
-    epochs = pd.read_csv(log) if log.exists() else pd.DataFrame()
+    log_path = results.run / "log.csv"
+    epochs = pd.read_csv(log_path) if log_path.exists() else pd.DataFrame()
     if len(epochs):
         plot_curves(folder / "training_curves.png", epochs, results.run.name + note)
     else:
@@ -66,9 +66,8 @@ def rank_cases(rows: pd.DataFrame, region: str, cohort: str) -> dict[str, tuple[
     of_cohort = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
     ordered = of_cohort.sort_values("dice", ascending=False)
     cases = list(zip(ordered["case"], ordered["dice"], strict=True))
-    ranked = {"best": cases[0], "median": cases[len(cases) // 2], "worst": cases[-1]}
-    return {
-        rank: case
-        for index, (rank, case) in enumerate(ranked.items())
-        if case not in list(ranked.values())[:index]
-    }
+    ranked: dict[str, tuple[str, float]] = {}
+    for rank, position in (("best", 0), ("median", len(cases) // 2), ("worst", len(cases) - 1)):
+        if cases[position] not in ranked.values():
+            ranked[rank] = cases[position]
+    return ranked

@@ -11,12 +11,14 @@ from audit.statistics import compare_paired, limits_of_agreement, summarise
 from utils_v2 import Overlap, check_masks, surface_metrics
 
 SURFACE_TOLERANCE_MM = 1.0
+# Keys of measure_case that get a mean, SD and interval. A new one is shown where audit/report.py tabulates
+# it; --compare has a list of its own, compare.COMPARED.
 AVERAGED = (
     "dice", "precision", "recall", "hd95_mm", "nsd_1mm", "volume_error_ml", "lesion_dice", "lesion_hd95_mm",
 )  # fmt: skip
 
 
-def count_slices(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+def count_overlap_per_slice(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Return TP, FP and FN of each slice of two bool masks (D, H, W), shape (D, 3) int64."""
     check_masks(reference, prediction)
     shared, predicted, present = (
@@ -29,10 +31,11 @@ def measure_case(
     reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]
 ) -> dict[str, Any]:
     """Return every metric of one region of one case; both masks (D, H, W) bool on the native grid."""
-    slices = [Overlap(*counts) for counts in count_slices(reference, prediction).tolist()]
-    overlap = Overlap(*map(sum, zip(*slices, strict=True)))
+    per_slice = count_overlap_per_slice(reference, prediction)  # (D, 3)
+    overlap = Overlap(*per_slice.sum(0).tolist())
     voxel_ml = float(np.prod(spacing_mm)) / 1000
-    slice_dice = [each.dice for each in slices if each.tp + each.fn]  # of slices with reference tumour
+    slices = [Overlap(*counts) for counts in per_slice.tolist()]
+    slice_dice = [of_slice.dice for of_slice in slices if of_slice.tp + of_slice.fn]  # with reference tumour
     hd95_mm, nsd = surface_metrics(reference, prediction, spacing_mm, SURFACE_TOLERANCE_MM)
     lesions = score_lesions(reference, prediction, spacing_mm)
     return {

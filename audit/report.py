@@ -190,7 +190,7 @@ def list_warnings(summary: Mapping[str, Any]) -> list[str]:
         warnings.append(f"These are {PHANTOM_NOTE}.")
     for cohort, count in summary["seen_in_training"].items():
         if count["seen"]:
-            rest = "" if count["unseen"] else "; the word does not fit it"
+            rest = "" if count["unseen"] else "; no unseen case is left, so this cohort is not a test set"
             warnings.append(
                 f"{cohort}: {count['seen']} of {count['cases']} cases were in training or validation, "
                 f"{count['unseen']} unseen: not a held-out result{rest}."

@@ -79,11 +79,11 @@ class progress(Generic[Item]):  # noqa: N801, used like tqdm
         self.title = title
         self.unit = unit
         self.total = len(items) if total is None and hasattr(items, "__len__") else total
-        self.figures = ""
+        self.postfix = ""
 
-    def note(self, figures: str) -> None:
-        """Show these figures beside the count."""
-        self.figures = figures
+    def note(self, text: str) -> None:
+        """Show this text beside the count."""
+        self.postfix = text
 
     def __iter__(self) -> Iterator[Item]:
         return self._bar() if sys.stderr.isatty() else self._lines()
@@ -99,8 +99,8 @@ class progress(Generic[Item]):  # noqa: N801, used like tqdm
         ) as bar:
             for item in bar:
                 yield item
-                if self.figures:
-                    bar.set_postfix_str(self.figures, refresh=False)
+                if self.postfix:
+                    bar.set_postfix_str(self.postfix, refresh=False)
 
     def _lines(self) -> Iterator[Item]:
         started = spoken = time.monotonic()
@@ -113,5 +113,5 @@ class progress(Generic[Item]):  # noqa: N801, used like tqdm
                 if self.total:
                     of = f" of {self.total}"
                     left = f", {(now - started) / done * (self.total - done) / 60:.1f} min left"
-                figures = f", {self.figures}" if self.figures else ""
-                log.info("%s: %d%s %ss%s%s", self.title, done, of, self.unit, left, figures)
+                postfix = f", {self.postfix}" if self.postfix else ""
+                log.info("%s: %d%s %ss%s%s", self.title, done, of, self.unit, left, postfix)

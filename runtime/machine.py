@@ -28,7 +28,7 @@ DeviceName = Literal["auto", "cuda", "cpu", "mps"]
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep the memory of freed tensors; nothing where the C library is another one.
 
-    It gives blocks of 32 MiB and more back to the system at once, and the next layer's map is fetched anew,
+    It gives blocks of 32 MiB and more back to the system at once, and the next layer's map is fetched again,
     page by page: 440,000 page faults a step and a third of its time for 16 slabs on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -- train_drunet_v2.py --data-dir data/BraTS2021 --batch-size 8
     torchrun --nproc-per-node 2 -- final_evaluation_v2.py --run results/RUN
 
-A command wraps its main in `with_one_voice` and calls `join_ranks` first. Every function works without
+A command wraps its main in `end_together` and calls `join_ranks` first. Every function works without
 torchrun too: there is one rank then, and nothing to exchange. Rank 0 is the main rank. It alone logs, shows
 progress and writes what belongs to the whole run. Small values (settings, clock, scores) travel between CPUs
 by gloo, gradients between GPUs by nccl.
@@ -23,8 +23,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-# The default arguments of this module are the group of the moment of its import. DistributedDataParallel
-# imports it late: the group and its threads would then outlive `leave_ranks`. Here there is no group yet.
+# Imported now, before there is a process group: its functions hold the current group as a default argument.
+# DistributedDataParallel imports it later, and the group and its threads would then outlive `leave_ranks`.
 import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,12 +37,12 @@ PATIENCE = timedelta(hours=4)
 _store: dist.Store | None = None  # shared by all ranks, between `join_ranks` and `leave_ranks`
 
 
-class _ToldToStop(BaseException):
-    """torchrun stops this rank. It is no Exception, so that no `except Exception` swallows it."""
+class _Terminated(BaseException):
+    """torchrun stops this rank (SIGTERM). Not an Exception, so that `except Exception` cannot swallow it."""
 
 
 def _stop(_signal: int, _frame: object) -> None:
-    raise _ToldToStop
+    raise _Terminated
 
 
 def join_ranks() -> None:
@@ -191,8 +191,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def share_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network with batch norms over the slabs of all ranks; the keys of its state stay."""
+def sync_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
+    """Return the network with batch norms over the slabs of all ranks; the keys of its state_dict stay."""
     if world_size() == 1:
         return network
     if device.type == "cuda":
@@ -222,9 +222,9 @@ def wrap_network(network: nn.Module, device: torch.device) -> nn.Module:
         )
 
 
-def keep_gradients(network: nn.Module, keep: bool) -> contextlib.AbstractContextManager[None]:
-    """Return the context of a step. With `keep` it adds gradients up and does not yet average them."""
-    if keep and isinstance(network, DistributedDataParallel):
+def accumulate_gradients(network: nn.Module, defer_sync: bool) -> contextlib.AbstractContextManager[None]:
+    """Return the context of a backward pass; with `defer_sync` gradients add up and are not averaged yet."""
+    if defer_sync and isinstance(network, DistributedDataParallel):
         return network.no_sync()
     return contextlib.nullcontext()
 
@@ -245,8 +245,8 @@ def average_buffers(network: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def with_one_voice(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return a command's `main` that, however it ends, ends on all ranks, with one message at most.
+def end_together(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap a command's `main` so that a failure on any rank ends every rank, with a single message.
 
     The first rank that fails raises its error; the others end without a word. torchrun stops those that still
     run and adds a report with the exit codes. Its `record` decorator is not used, as it adds the traceback of
@@ -308,4 +308,4 @@ def _is_first_to_end() -> bool:
 def _is_lost_rank(error: BaseException) -> bool:
     """Return whether an error says that another rank is gone; gloo has no exception type of its own."""
     is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
-    return is_gloo or isinstance(error, _ToldToStop | dist.DistError)
+    return is_gloo or isinstance(error, _Terminated | dist.DistError)

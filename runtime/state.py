@@ -13,11 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 from runtime.checkpoints import load_weights
 from runtime.ranks import from_main
 
+COUNTERS = ("epoch", "step", "minutes", "best_dice", "best_epoch")  # of TrainState, as checkpoints name them
+
 
 class Clock:
     """The wall clock of one command: minutes spent, and whether a limit leaves time for more steps.
 
-    With a limit, the main rank's clock is every rank's: all must ask `is_out` and `share` together.
+    With a limit, the main rank's clock is every rank's: all must ask `is_out` and `fraction_used` together.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
@@ -37,8 +39,8 @@ class Clock:
             return False
         return from_main(self.minutes() + self.reserved_s / 60 >= self.max_minutes)
 
-    def share(self) -> float:
-        """Return the share of the limit that is over; 0 without a limit."""
+    def fraction_used(self) -> float:
+        """Return the fraction of the limit that is over; 0 without a limit."""
         return from_main(self.minutes() / self.max_minutes) if self.max_minutes else 0.0
 
 
@@ -49,11 +51,13 @@ def average_weights(network: nn.Module, decay: float) -> AveragedModel:
     """
 
     def move(averages: Sequence[Tensor], values: Sequence[Tensor], _: Tensor) -> None:
-        updates = int(averaged.n_averaged)  # on the CPU, so that no card is waited for
-        share = 1 - min(decay, (1 + updates) / (10 + updates))
+        updates = int(
+            averaged.n_averaged
+        )  # not the third argument, a copy on the card that int() would wait for
+        weight = 1 - min(decay, (1 + updates) / (10 + updates))
         for average, value in zip(averages, values, strict=True):
             if average.is_floating_point():
-                average.lerp_(value, share)
+                average.lerp_(value, weight)
             else:  # batch norm's counter
                 average.copy_(value)
 
@@ -104,7 +108,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in ("epoch", "step", "minutes", "best_dice", "best_epoch")},
+            **{name: getattr(self, name) for name in COUNTERS},
         }
 
     def restore(self, checkpoint: dict[str, Any], path: Path) -> None:
@@ -117,7 +121,7 @@ class TrainState:
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         if checkpoint["scaler"]:  # empty where the run has needed none so far
             self.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("epoch", "step", "minutes", "best_dice", "best_epoch"):
+        for name in COUNTERS:
             setattr(self, name, checkpoint[name])
 
 

@@ -13,7 +13,7 @@ import torch
 
 from audit.figures import CAPTIONS, draw_figures, rank_cases
 from audit.masks import threshold_regions
-from audit.measure import count_slices, measure_case, summarise_all
+from audit.measure import count_overlap_per_slice, measure_case, summarise_all
 from audit.overlays import REFERENCE_COLOUR, grey_window, plot_batch, take_picture
 from audit.report import list_warnings, tabulate_gains, tabulate_scores, write_report
 from audit.results import AuditResults
@@ -42,11 +42,11 @@ FAR = block(slice(5, 6), slice(9, 11), slice(9, 11))  # 4 voxels beyond it
 
 def test_overlap_is_counted_per_slice() -> None:
     expected = [[0, 0, 0], [18, 0, 18], [18, 0, 18], [18, 0, 18], [0, 0, 0], [0, 4, 0]]
-    assert count_slices(REFERENCE, HALF | FAR).tolist() == expected
+    assert count_overlap_per_slice(REFERENCE, HALF | FAR).tolist() == expected
     with pytest.raises(ValueError, match="bool"):
-        count_slices(REFERENCE, HALF.astype(np.uint8))
+        count_overlap_per_slice(REFERENCE, HALF.astype(np.uint8))
     with pytest.raises(ValueError, match="shape"):
-        count_slices(REFERENCE, HALF[1:])
+        count_overlap_per_slice(REFERENCE, HALF[1:])
 
 
 def test_metrics_of_a_case_by_hand() -> None:
@@ -214,7 +214,7 @@ def test_seen_cases_are_warned_of() -> None:
     summary["seen_in_training"] = {"external": {"cases": 3, "seen": 3, "unseen": 0}}
     (warning,) = list_warnings(summary)
     assert "3 of 3 cases were in training or validation, 0 unseen" in warning
-    assert "the word does not fit it" in warning
+    assert "no unseen case is left, so this cohort is not a test set" in warning
 
 
 def test_report_shows_ids_whole_and_as_text(tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ def test_a_cohort_of_which_nothing_is_unseen_is_not_called_external(held, phanto
     refused = complaint(audit(folder, "same", expect=2))
     assert all(word in refused for word in ("--external-dir", "BraTS2021_09997", seen, "--hold-out-dir"))
     allowed = audit(folder, "same", "--allow-seen")
-    assert "the word does not fit it" in allowed.stdout
+    assert "no unseen case is left, so this cohort is not a test set" in allowed.stdout
 
 
 def test_an_internal_test_case_that_was_seen_is_refused_unless_allowed(held, phantom_cohort):

@@ -26,7 +26,6 @@ from utils_v2 import (
     dice_score,
     hd95,
     nearest_distances_mm,
-    normalised_surface_dice,
     overlap_at_thresholds,
     surface_distances_mm,
     surface_metrics,
@@ -71,7 +70,7 @@ def test_both_masks_empty() -> None:
     assert dice_score(empty, empty) == 1
     assert Overlap(0, 0, 0).dice == 1
     assert hd95(empty, empty, (1, 1, 1)) == 0
-    assert normalised_surface_dice(empty, empty, (1, 1, 1)) == 1
+    assert surface_metrics(empty, empty, (1, 1, 1))[1] == 1
     assert math.isnan(precision(empty, empty))
     assert math.isnan(recall(empty, empty))
 
@@ -83,8 +82,8 @@ def test_exactly_one_mask_empty() -> None:
     for mask in (full, one):
         assert dice_score(mask, empty) == dice_score(empty, mask) == 0
         assert hd95(mask, empty, (1, 1, 1)) == hd95(empty, mask, (9, 9, 9)) == HD95_ONE_EMPTY_MM == 374
-        assert normalised_surface_dice(mask, empty, (1, 1, 1), 1e9) == 0
-        assert normalised_surface_dice(empty, mask, (1, 1, 1), 1e9) == 0
+        assert surface_metrics(mask, empty, (1, 1, 1), 1e9)[1] == 0
+        assert surface_metrics(empty, mask, (1, 1, 1), 1e9)[1] == 0
         assert math.isnan(precision(mask, empty))
         assert recall(mask, empty) == 0
         assert precision(empty, mask) == 0
@@ -454,7 +453,7 @@ def test_surface_dice_equals_the_surface_distance_package(
         tolerance_mm = (0.0, 1.0, 1.7, 4.1)[seed % 4]
         surfaces = compute_surface_distances(reference, prediction, spacing_mm)
         expected = compute_surface_dice_at_tolerance(surfaces, tolerance_mm)
-        value = normalised_surface_dice(reference, prediction, spacing_mm, tolerance_mm)
+        value = surface_metrics(reference, prediction, spacing_mm, tolerance_mm)[1]
         assert value == pytest.approx(expected, abs=1e-9), (seed, spacing_mm)
         assert surface_metrics(reference, prediction, spacing_mm, tolerance_mm) == (
             hd95(reference, prediction, spacing_mm),
@@ -476,7 +475,7 @@ def test_surface_dice_equals_that_of_monai(draw: Callable[[np.random.Generator],
         expected = metrics.compute_surface_dice(
             *as_tensor, [1.1], include_background=True, spacing=spacing_mm, use_subvoxels=True
         )
-        value = normalised_surface_dice(reference, prediction, spacing_mm, 1.1)
+        value = surface_metrics(reference, prediction, spacing_mm, 1.1)[1]
         assert value == pytest.approx(float(expected), abs=1e-5), (seed, spacing_mm)
 
 
@@ -485,16 +484,16 @@ def test_surface_dice_of_parallel_sheets_by_hand() -> None:
     # outer ones 5
     sheets = np.zeros((2, 9, 6, 6), bool)
     sheets[0, 1], sheets[1, 6] = True, True
-    assert normalised_surface_dice(*sheets, (0.5, 1, 1), 2.49) == pytest.approx(0.5)
-    assert normalised_surface_dice(*sheets, (0.5, 1, 1), 2.5) == 1
-    assert normalised_surface_dice(*sheets, (0.5, 1, 1), 1.99) == 0
+    assert surface_metrics(*sheets, (0.5, 1, 1), 2.49)[1] == pytest.approx(0.5)
+    assert surface_metrics(*sheets, (0.5, 1, 1), 2.5)[1] == 1
+    assert surface_metrics(*sheets, (0.5, 1, 1), 1.99)[1] == 0
 
 
 def test_surface_dice_counts_what_lies_on_the_tolerance() -> None:
     # 0.1 + 0.2 is not 0.3 to a computer; three voxels of 0.1 mm are
     masks = np.zeros((2, 3, 3, 9), bool)
     masks[0, 1, 1, 2], masks[1, 1, 1, 5] = True, True
-    assert normalised_surface_dice(*masks, (0.1, 0.1, 0.1), 0.3) == 1
+    assert surface_metrics(*masks, (0.1, 0.1, 0.1), 0.3)[1] == 1
 
 
 @settings(max_examples=40)
@@ -503,11 +502,11 @@ def test_surface_dice_is_bounded_symmetric_and_grows_with_the_tolerance(
     drawn: tuple[np.ndarray, np.ndarray, tuple[float, ...]], tolerance_mm: float, more_mm: float
 ) -> None:
     reference, prediction, spacing_mm = drawn
-    value = normalised_surface_dice(reference, prediction, spacing_mm, tolerance_mm)
+    value = surface_metrics(reference, prediction, spacing_mm, tolerance_mm)[1]
     assert 0 <= value <= 1
-    assert value == pytest.approx(normalised_surface_dice(prediction, reference, spacing_mm, tolerance_mm))
-    assert normalised_surface_dice(reference, reference, spacing_mm, 0) == 1
-    assert value <= normalised_surface_dice(reference, prediction, spacing_mm, tolerance_mm + more_mm)
+    assert value == pytest.approx(surface_metrics(prediction, reference, spacing_mm, tolerance_mm)[1])
+    assert surface_metrics(reference, reference, spacing_mm, 0)[1] == 1
+    assert value <= surface_metrics(reference, prediction, spacing_mm, tolerance_mm + more_mm)[1]
 
 
 def test_bounding_box_by_hand() -> None:

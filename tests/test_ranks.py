@@ -47,7 +47,7 @@ def numbers():
     whole = make()
     whole_loss = HybridFocalDiceLoss()(whole(slabs), targets)
     whole_loss.backward()
-    shared = share_batchnorm(make(), torch.device("cpu"))
+    shared = sync_batchnorm(make(), torch.device("cpu"))
     assert list(shared.state_dict()) == list(whole.state_dict())
     network = wrap_network(shared, torch.device("cpu"))
     loss = HybridFocalDiceLoss(pool=sum_over_ranks)(network(share_of(slabs)), share_of(targets))
@@ -58,7 +58,7 @@ def numbers():
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(shared.state_dict()[name], value)
     before = shared[0].weight.grad.clone()
-    with keep_gradients(network, True):
+    with accumulate_gradients(network, True):
         network(share_of(slabs)).sum().backward()
     added = shared[0].weight.grad - before
     assert not torch.allclose(sum_counts(added), 2 * added)  # the ranks' own, not yet exchanged
@@ -90,7 +90,7 @@ def main(config):
             sum_counts(torch.ones(1))
         time.sleep(0.01)
 
-run_command(with_one_voice(main), Config, "test")
+run_command(end_together(main), Config, "test")
 if Path("/proc/self/task").is_dir():
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     assert "python" in "".join(threads) and "gloo" not in "".join(threads), threads
