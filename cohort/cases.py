@@ -5,6 +5,7 @@ W), oriented LPS: D runs to superior, H to posterior, W to the patient's left, a
 """
 
 import gzip
+import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ NIFTI_ERRORS = (
     ValueError,
 )
 SLICES_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # PNG and TIF carry no geometry: 1 mm, LPS, stated as unknown
+RGB_CHANNELS = {"t1": 0, "flair": 1, "t1ce": 2}  # kaggle_3m: before contrast, FLAIR, after contrast
 INT16_SEAM = 2**14  # int16 files with voxels beyond it on both sides have wrapped around
 
 
@@ -48,8 +50,8 @@ class Case:
     cohort: str
     layout: str  # a key of layouts.LAYOUTS
     convention: str  # a key of LABEL_CONVENTIONS
-    modalities: dict[str, tuple[Path, ...]]  # one NIfTI file, or the slices from first to last
-    mask: tuple[Path, ...]  # empty where there is no reference
+    modalities: dict[str, tuple[Path, ...]]  # one NIfTI file or multi-page TIF, or slices from first to last
+    mask: tuple[Path, ...]  # as a modality; empty where there is no reference
     slice_channel: int = 1  # which channel of RGB slices is FLAIR
     volume_index: Mapping[str, int] = field(default_factory=dict)  # per modality, in files of four axes
     aliases: tuple[str, ...] = ()  # other ids of this scan or patient, by a mapping sheet
@@ -163,11 +165,20 @@ def read_modality(
     """
     paths = case.modalities[name]
     if case.layout == "slices":
-        return read_slices(paths, case.slice_channel), SLICES_AFFINE
+        return read_slices_of(case, name), SLICES_AFFINE
     if paths[0] not in decoded:
         decoded.clear()
         decoded[paths[0]] = decode_nifti(paths[0])
     return orient_volume(paths[0], *decoded[paths[0]], case.volume_index.get(name))
+
+
+def read_slices_of(case: Case, name: str) -> np.ndarray:
+    """Return one modality of a case of pictures as (D, H, W) of their own integer type.
+
+    FLAIR is the case's `slice_channel`, or grey; T1 and T1ce are the red and the blue of RGB pictures.
+    """
+    channel = case.slice_channel if name == "flair" else RGB_CHANNELS[name]
+    return read_slices(case.modalities[name], channel, needs_colour=name != "flair")
 
 
 def one_line(error: Exception) -> str:
@@ -175,26 +186,88 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def read_slices(paths: Sequence[Path], channel: int | None) -> np.ndarray:
-    """Return the slices of one case as (D, H, W) of their own integer type.
+def count_pages(path: Path) -> int:
+    """Return how many pages a TIF file says it has, a cut-off one included; 0 where it is no TIF.
 
-    Of RGB files one channel; with None, for masks, whatever their colour, the brightest.
+    Only the chain of page directories is followed (TIFF 6.0, section 2; BigTIFF with 8-byte offsets).
     """
-    slices = []
-    for path in paths:
+    with path.open("rb") as file:
+        head = file.read(16)
+        order = {b"II": "<", b"MM": ">"}.get(head[:2])
+        if order is None or len(head) < 16:
+            return 0
+        version = struct.unpack_from(f"{order}H", head, 2)[0]
+        if version not in (42, 43):
+            return 0
+        at, count_type, entry_bytes, link_type = (4, "H", 12, "I") if version == 42 else (8, "Q", 20, "Q")
+        link = struct.unpack_from(order + link_type, head, at)[0]
+        links: set[int] = set()
+        while link and link not in links:
+            links.add(link)
+            file.seek(link)
+            count = file.read(struct.calcsize(order + count_type))
+            if len(count) < struct.calcsize(order + count_type):
+                break
+            file.seek(struct.unpack(order + count_type, count)[0] * entry_bytes, 1)
+            following = file.read(struct.calcsize(order + link_type))
+            if len(following) < struct.calcsize(order + link_type):
+                break
+            link = struct.unpack(order + link_type, following)[0]
+    return len(links)
+
+
+def is_stack(path: Path) -> bool:
+    """Return whether a picture file is a TIF of several pages; False where it cannot be opened."""
+    try:
+        return path.suffix.lower() in (".tif", ".tiff") and count_pages(path) > 1
+    except OSError:
+        return False
+
+
+def read_pages(path: Path) -> list[np.ndarray]:
+    """Return the pages of a picture, of which all but TIF have one; (H, W), or (H, W, C) in BGR order."""
+    if not is_stack(path):
         pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         if pixels is None:
             raise InputError(path, "not a readable picture", "export it again")
-        if pixels.ndim == 3 and channel is None:
-            pixels = pixels[..., :3].max(-1)
-        elif pixels.ndim == 3:
-            if not 0 <= channel < min(pixels.shape[2], 3):
-                raise InputError(path, f"has no channel {channel}", "--slice-channel takes 0, 1 or 2")
-            pixels = pixels[..., 2 - channel]  # OpenCV reads BGR
-        if slices and pixels.shape != slices[0].shape:
-            raise InputError(path, f"has shape {pixels.shape}, the case's first slice {slices[0].shape}")
-        slices.append(pixels)
+        return [pixels]
+    _, pages = cv2.imreadmulti(str(path), flags=cv2.IMREAD_UNCHANGED)
+    if len(pages) != (expected := count_pages(path)):
+        raise InputError(path, f"only {len(pages)} of its {expected} pages are readable", "export it again")
+    return list(pages)
+
+
+def read_slices(paths: Sequence[Path], channel: int | None, needs_colour: bool = False) -> np.ndarray:
+    """Return the slices of one case as (D, H, W) of their own integer type: one file each, or one of pages.
+
+    Of RGB files one channel; with None, for masks, whatever their colour, the brightest. Grey files have no
+    channels and are taken as they are, unless `needs_colour`.
+    """
+    slices: list[np.ndarray] = []
+    for path in paths:
+        pages = read_pages(path)
+        if len(pages) > 1 and len(paths) > 1:
+            raise InputError(
+                path, f"has {len(pages)} pages among slices of one", "a multi-page TIF is a case by itself"
+            )
+        for pixels in pages:
+            pixels = _choose_channel(path, pixels, channel, needs_colour)
+            if slices and pixels.shape != slices[0].shape:
+                raise InputError(path, f"has shape {pixels.shape}, the case's first slice {slices[0].shape}")
+            slices.append(pixels)
     return np.stack(slices)
+
+
+def _choose_channel(path: Path, pixels: np.ndarray, channel: int | None, needs_colour: bool) -> np.ndarray:
+    if pixels.ndim == 2:
+        if needs_colour:
+            raise InputError(path, "is grey, and T1 and T1ce are the red and blue of RGB slices")
+        return pixels
+    if channel is None:
+        return pixels[..., :3].max(-1)
+    if not 0 <= channel < min(pixels.shape[2], 3):
+        raise InputError(path, f"has no channel {channel}", "--slice-channel takes 0, 1 or 2")
+    return pixels[..., 2 - channel]  # OpenCV reads BGR
 
 
 def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +276,7 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     Raises InputError on a value the case's convention does not have; float masks may miss it by 1e-3.
     """
     if case.layout == "slices":
+        _check_pages(case)
         labels, affine = read_slices(case.mask, None), SLICES_AFFINE
         values = np.unique(labels)
         labels = np.where(labels == 255, 1, labels) if values[-1] == 255 else labels
@@ -221,6 +295,19 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
             f"{hint}",
         )
     return labels.astype(np.uint8), affine
+
+
+def _check_pages(case: Case) -> None:
+    """Raise InputError where a mask has another number of pages than its multi-page TIF, or the reverse."""
+    images = next(iter(case.modalities.values()), ())
+    if len(images) == len(case.mask) == 1 and (is_stack(images[0]) or is_stack(case.mask[0])):
+        expected, pages = count_pages(images[0]) or 1, count_pages(case.mask[0]) or 1
+        if pages != expected:
+            raise InputError(
+                case.mask[0],
+                f"this mask has {pages} page{'s' if pages > 1 else ''}, {images[0].name} {expected}",
+                "give each page of the case one of the mask",
+            )
 
 
 def check_affine(path: Path, affine: np.ndarray, expected: np.ndarray) -> None:
@@ -272,9 +359,14 @@ def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
 
     NIfTI cases: `<case>_seg.nii.gz` (`<case>-seg.nii.gz` from BraTS 2023 on), uint8, in the orientation,
     affine and header of the case's first modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`,
-    0 and 255.
+    0 and 255. A multi-page TIF: `<case>_mask.tif` of as many pages, 0 and 255.
     """
     paths = next(iter(case.modalities.values()))
+    if case.layout == "slices" and is_stack(paths[0]):
+        pages = list((labels > 0).astype(np.uint8) * 255)
+        output = output_dir / f"{case.case_id}_mask.tif"
+        write_atomically(output, lambda target: _write_stack(target, pages))
+        return output
     if case.layout == "slices":
         folder = output_dir / case.case_id
         for path, pixels in zip(paths, labels, strict=True):
@@ -298,3 +390,8 @@ def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
 def _write_picture(path: Path, pixels: np.ndarray) -> None:
     if not cv2.imwrite(str(path), pixels):
         raise OSError(f"{path}: the picture could not be written")
+
+
+def _write_stack(path: Path, pages: list[np.ndarray]) -> None:
+    if not cv2.imwritemulti(str(path), pages):
+        raise OSError(f"{path}: the pages could not be written")

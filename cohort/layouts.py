@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from cohort.cases import MODALITIES, Case, read_nifti_volume
+from cohort.cases import MODALITIES, Case, is_stack, read_nifti_volume
 from cohort.labels import round_labels
 from cohort.patients import find_sheets, map_patients, patient_of
 from runtime.command import Range, from_plain
@@ -129,11 +129,34 @@ def resolve_msd(folder: Path, names: Sequence[str]) -> list[Found]:
     return found
 
 
+def resolve_stacks(folder: Path, names: Sequence[str]) -> tuple[list[Found], list[str]]:
+    """Return (a case for each multi-page TIF `<case>.tif` with its `<case>_mask.tif`, the names left over).
+
+    A multi-page `<case>_<z>.tif` whose neighbours have one page each is left over: it is no case of its own.
+    """
+    stem_of = {name: Path(name).stem for name in names if re.search(r"\.tiff?$", name, re.IGNORECASE)}
+    masks = {stem[:-5]: name for name, stem in stem_of.items() if stem.lower().endswith("_mask")}
+    stacks = [name for name in stem_of if name not in masks.values() and is_stack(folder / name)]
+    numbered = (re.fullmatch(r"(.+)_\d+\.(png|tiff?)", name, re.IGNORECASE) for name in {*names} - {*stacks})
+    series = {match[1] for match in numbered if match}
+    found, used = [], set()
+    for name in stacks:
+        stem = stem_of[name]
+        if re.sub(r"_\d+$", "", stem) in series:
+            continue
+        mask = (masks[stem],) if stem in masks else ()
+        found.append(Found(stem, {"flair": (folder / name,)}, tuple(folder / own for own in mask)))
+        used |= {name, *mask}
+    return found, [name for name in names if name not in used]
+
+
 def resolve_slices(folder: Path, names: Sequence[str]) -> list[Found]:
     """PNG and TIF slices: `<case>_<z>.png|tif` and `<case>_<z>_mask.*`, z sorted as a number.
 
-    Grey slices are FLAIR. Of RGB slices the chosen channel is FLAIR (kaggle_3m: 0 = T1, 1 = FLAIR, 2 = T1ce).
+    A multi-page TIF is a whole case: `<case>.tif` and `<case>_mask.tif`. Grey slices are FLAIR. Of RGB slices
+    the chosen channel is FLAIR (kaggle_3m: 0 = T1, 1 = FLAIR, 2 = T1ce).
     """
+    stacks, names = resolve_stacks(folder, names)
     slices: dict[str, dict[int, Path]] = defaultdict(dict)
     masks: dict[str, dict[int, Path]] = defaultdict(dict)
     for name in names:
@@ -161,7 +184,7 @@ def resolve_slices(folder: Path, names: Sequence[str]) -> list[Found]:
             )
         mask = tuple(masks[case_id][z] for z in numbers) if masks[case_id] else ()
         found.append(Found(case_id, {"flair": tuple(by_number[z] for z in numbers)}, mask))
-    return found
+    return found + stacks
 
 
 # Among layouts of like file names an id belongs to one. BraTS 2024 GLI counts its timepoints from 100, 2023

@@ -2,9 +2,11 @@
 
 import gzip
 import itertools
+import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +17,7 @@ from nibabel.orientations import aff2axcodes, axcodes2ornt, ornt_transform
 from PIL import Image
 
 from cohort.cases import Case, load_case, save_labels, with_reference
+from cohort.check import check_case
 from cohort.labels import labels_from_regions, regions_from_labels
 from cohort.layouts import CaseSource, cases_of_files, find_cases
 from cohort.patients import patient_of
@@ -165,6 +168,103 @@ def test_cohort_without_any_mask_cannot_be_trained_on(tmp_path, write_nifti, inp
     write_nifti(tmp_path / "x" / "x_flair.nii.gz", FLAIR)
     with input_error(tmp_path):
         with_reference(find_cases(CaseSource(tmp_path)), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Multi-page TIF
+# ------------------------------------------------------------------------------------------------------------
+
+
+def write_pages(path: Path, pages: Sequence[np.ndarray], **settings: Any) -> Path:
+    """Write a multi-page TIF as Pillow does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = map(Image.fromarray, pages)
+    first.save(path, save_all=True, append_images=others, **settings)
+    return path
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}, {"big_tiff": True}]
+)
+@pytest.mark.parametrize("name", ["pat1.tif", "pat1_1.tif", "pat1.TIFF"])
+def test_a_multi_page_tif_is_one_case_of_all_its_pages(tmp_path, name, settings):
+    write_pages(tmp_path / name, [grey(10 * z) for z in range(1, 13)], **settings)
+    mask = name.replace(".", "_mask.")
+    write_pages(tmp_path / mask, [grey(255 * (z == 10)) for z in range(1, 13)], **settings)
+    (case,) = find_cases(CaseSource(tmp_path))
+    loaded = load_case(case)
+    assert (case.case_id, case.layout) == (name.split(".")[0], "slices")
+    assert loaded.volume[0, :, 0, 0].tolist() == [10 * z for z in range(1, 13)]
+    assert loaded.labels[:, 0, 0].tolist() == [0] * 9 + [1, 0, 0]
+
+
+def test_several_multi_page_tifs_of_a_folder_are_a_case_each(tmp_path):
+    for number, depth in ((1, 3), (2, 5)):
+        write_pages(tmp_path / f"pat_{number}.tif", [grey(z) for z in range(depth)])
+    cases = find_cases(CaseSource(tmp_path))
+    assert [(case.case_id, len(load_case(case).volume[0])) for case in cases] == [("pat_1", 3), ("pat_2", 5)]
+
+
+def test_multi_page_tifs_of_sixteen_bits_keep_their_values(tmp_path):
+    write_pages(tmp_path / "c.tif", [grey(40000, np.uint16), grey(257, np.uint16)])
+    (case,) = find_cases(CaseSource(tmp_path))
+    assert load_case(case).volume[0, :, 0, 0].tolist() == [40000, 257]
+
+
+@pytest.mark.parametrize(("pages", "said"), [(5, "5 pages"), (7, "7 pages"), (1, "1 page,")])
+def test_a_mask_of_another_number_of_pages_is_named(tmp_path, input_error, pages, said):
+    write_pages(tmp_path / "c.tif", [grey(z) for z in range(6)])
+    mask = write_pages(tmp_path / "c_mask.tif", [grey(0)] * pages)
+    (case,) = find_cases(CaseSource(tmp_path))
+    with input_error(mask, said, "c.tif 6"):
+        load_case(case)
+    errors = [problem for problem in check_case(case) if problem.severity == "error"]
+    assert [problem.file for problem in errors] == [str(mask)]
+
+
+def test_a_mask_of_pages_for_one_picture_is_named(tmp_path, input_error, write_slices):
+    write_slices(tmp_path, "c", {1: grey(1)}, suffix=".tif")
+    mask = write_pages(tmp_path / "c_1_mask.tif", [grey(0)] * 3)
+    with input_error(mask, "3 pages", "c_1.tif 1"):
+        load_case(find_cases(CaseSource(tmp_path))[0])
+
+
+def test_pages_among_single_slices_are_an_error_that_names_the_file(tmp_path, input_error, write_slices):
+    write_slices(tmp_path, "c", {1: grey(1), 2: grey(2)}, suffix=".tif")
+    path = write_pages(tmp_path / "c_3.tif", [grey(3), grey(4)])
+    (case,) = find_cases(CaseSource(tmp_path))
+    with input_error(path, "2 pages"):
+        load_case(case)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_cut_off_multi_page_tif_is_named_and_loses_no_page_in_silence(tmp_path, input_error, share):
+    rng = np.random.default_rng(0)
+    path = write_pages(tmp_path / "c.tif", [rng.integers(0, 255, (40, 40), np.uint8) for _ in range(6)])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    (case,) = find_cases(CaseSource(tmp_path))
+    with input_error(path, "of its", "pages are readable"):
+        load_case(case)
+
+
+def test_the_prediction_for_a_multi_page_tif_has_its_pages(tmp_path):
+    write_pages(tmp_path / "in" / "c_1.tif", [grey(z) for z in range(5)])
+    (case,) = find_cases(CaseSource(tmp_path / "in"))
+    labels = np.zeros((5, 4, 6), np.uint8)
+    labels[3, 1:3, 2:5] = 2
+    path = save_labels(labels, case, tmp_path / "out")
+    assert path == tmp_path / "out" / "c_1_mask.tif"
+    picture = Image.open(path)
+    assert picture.n_frames == 5
+    pages = []
+    for number in range(5):
+        picture.seek(number)
+        pages.append(np.asarray(picture).copy())
+    assert (np.stack(pages) == 255 * (labels > 0)).all()
+    assert pages[0].dtype == np.uint8
+    shutil.copy(path, tmp_path / "in")
+    assert (load_case(find_cases(CaseSource(tmp_path / "in"))[0]).labels == (labels > 0)).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
