@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
 
-from cohort.cases import AFFINE_TOLERANCE_MM, MODALITIES, Case, read_labels, read_modality
+from cohort.cases import AFFINE_TOLERANCE_MM, MODALITIES, Case, find_copy, read_labels, read_modality
 from cohort.layouts import CaseSource, missing_modality, scan_cases
 from runtime.errors import InputError
 from runtime.files import write_atomically
@@ -72,7 +72,7 @@ def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = Tr
     """Return what is wrong with a case's files, each read whole: the modalities it must have, or all it has.
 
     Unreadable files, NaN, constant volumes, unknown labels, and grids that differ are errors; an empty mask
-    is a warning.
+    and a modality that is a copy of another are warnings.
     """
     problems: list[Problem] = []
 
@@ -80,6 +80,7 @@ def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = Tr
         problems.append(Problem(case.case_id, str(file), severity, problem))
 
     first: Grid | None = None
+    seen: dict[str, str] = {}
     decoded: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
     for name in MODALITIES:
         if name not in modalities and not (every_file and name in case.modalities):
@@ -98,6 +99,8 @@ def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = Tr
         first = first or Grid(name, array.shape, affine)
         if difference := compare_grids(array.shape, affine, first):
             note("error", difference, path)
+        elif copy := find_copy(name, array, seen):
+            note("warning", copy, path)
     if case.mask:
         try:
             labels, affine = read_labels(case)

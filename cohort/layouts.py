@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from cohort.cases import MODALITIES, Case, is_stack, read_nifti_volume
+from cohort.cases import MODALITIES, RGB_CHANNELS, Case, is_colour, is_stack, read_nifti_volume
 from cohort.labels import round_labels
 from cohort.patients import find_sheets, map_patients, patient_of
 from runtime.command import Range, from_plain
@@ -154,7 +154,7 @@ def resolve_slices(folder: Path, names: Sequence[str]) -> list[Found]:
     """PNG and TIF slices: `<case>_<z>.png|tif` and `<case>_<z>_mask.*`, z sorted as a number.
 
     A multi-page TIF is a whole case: `<case>.tif` and `<case>_mask.tif`. Grey slices are FLAIR. Of RGB slices
-    the chosen channel is FLAIR (kaggle_3m: 0 = T1, 1 = FLAIR, 2 = T1ce).
+    the chosen channel is FLAIR; `offer_channels` adds the others.
     """
     stacks, names = resolve_stacks(folder, names)
     slices: dict[str, dict[int, Path]] = defaultdict(dict)
@@ -207,6 +207,20 @@ LAYOUTS: dict[str, Layout] = {
 # ------------------------------------------------------------------------------------------------------------
 
 
+def offer_channels(
+    modalities: dict[str, tuple[Path, ...]], slice_channel: int
+) -> dict[str, tuple[Path, ...]]:
+    """Return the modalities of a case of slices: T1 and T1ce too where the first file is RGB.
+
+    They are the red and the blue around a green FLAIR. Where FLAIR is said to be another channel the order is
+    not known, and FLAIR is all there is.
+    """
+    paths = modalities["flair"]
+    if slice_channel != RGB_CHANNELS["flair"] or not is_colour(paths[0]):
+        return modalities
+    return {name: paths for name in MODALITIES if name in RGB_CHANNELS}
+
+
 def resolve_folder(
     folder: Path, names: Sequence[str], layout: str, cohort: str = "", slice_channel: int = 1
 ) -> list[Case]:
@@ -223,7 +237,9 @@ def resolve_folder(
                     cohort=cohort,
                     layout=name,
                     convention=row.convention,
-                    modalities=found.modalities,
+                    modalities=offer_channels(found.modalities, slice_channel)
+                    if name == "slices"
+                    else found.modalities,
                     mask=found.mask,
                     slice_channel=slice_channel,
                     volume_index=found.volume_index,
@@ -345,6 +361,12 @@ def find_cases_of_run(settings: Mapping[str, Any], data_dir: str | Path) -> list
 def missing_modality(case: Case, name: str) -> InputError:
     """Return the error of a case without a modality."""
     folder = next(iter((*case.modalities.values(), case.mask)))[0].parent
+    if case.layout == "slices":
+        return InputError(
+            folder,
+            f"the pictures of case {case.case_id} hold no {name}",
+            "grey slices are FLAIR; RGB ones are T1, FLAIR and T1ce unless --slice-channel says otherwise",
+        )
     return InputError(folder, f"case {case.case_id} has no {name} file", "add it or leave the case out")
 
 

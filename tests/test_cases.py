@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from nibabel.orientations import aff2axcodes, axcodes2ornt, ornt_transform
 from PIL import Image
 
+from cohort.cache import prepare_cases
 from cohort.cases import Case, load_case, save_labels, with_reference
-from cohort.check import check_case
+from cohort.check import check_case, check_cohort
 from cohort.labels import labels_from_regions, regions_from_labels
 from cohort.layouts import CaseSource, cases_of_files, find_cases
 from cohort.patients import patient_of
@@ -313,6 +314,74 @@ def test_the_chosen_channel_of_rgb_slices_is_read(tmp_path, write_slices, suffix
     ]
     assert values == [11, 22, 33]
     assert load_case(find_cases(CaseSource(tmp_path))[0]).volume.max() == 22
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_rgb_slices_are_t1_flair_and_t1ce_in_the_order_asked_for(tmp_path, write_slices, suffix):
+    rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
+    write_slices(tmp_path, "c", {1: rgb, 2: rgb + 1}, suffix=suffix)
+    (case,) = find_cases(CaseSource(tmp_path), ("t1ce", "flair", "t1"))
+    assert set(case.modalities) == {"t1", "flair", "t1ce"}
+    assert load_case(case, ("t1ce", "flair", "t1")).volume[..., 0, 0].tolist() == [
+        [33, 34],
+        [22, 23],
+        [11, 12],
+    ]
+    assert load_case(case).volume[..., 0, 0].tolist() == [[22, 23]]
+
+
+def test_rgb_pages_are_t1_flair_and_t1ce(tmp_path):
+    rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
+    write_pages(tmp_path / "c.tif", [rgb, rgb + 1])
+    (case,) = find_cases(CaseSource(tmp_path), ("t1", "flair", "t1ce"))
+    assert load_case(case, ("t1", "flair", "t1ce")).volume[..., 0, 0].tolist() == [
+        [11, 12],
+        [22, 23],
+        [33, 34],
+    ]
+
+
+def test_grey_slices_and_rgb_ones_of_another_order_offer_flair_alone(tmp_path, write_slices, input_error):
+    write_slices(tmp_path / "grey", "c", {1: grey(1)})
+    rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
+    write_slices(tmp_path / "rgb", "c", {1: rgb})
+    assert list(find_cases(CaseSource(tmp_path / "grey"))[0].modalities) == ["flair"]
+    for channel in (0, 2):  # T1 or T1ce would be FLAIR
+        source = CaseSource(tmp_path / "rgb", slice_channel=channel)
+        assert list(find_cases(source)[0].modalities) == ["flair"]
+        with input_error(tmp_path / "rgb", "no t1", "--slice-channel"):
+            find_cases(source, ("t1", "flair"))
+    with input_error(tmp_path / "grey", "no t1ce", "grey slices are FLAIR"):
+        find_cases(CaseSource(tmp_path / "grey"), ("flair", "t1ce"))
+
+
+def test_a_grey_slice_among_rgb_ones_is_no_t1(tmp_path, write_slices, input_error):
+    rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
+    write_slices(tmp_path, "c", {1: rgb, 2: grey(5)})
+    (case,) = find_cases(CaseSource(tmp_path))
+    assert load_case(case).volume[0, :, 0, 0].tolist() == [22, 5]
+    with input_error("c_2.png", "is grey"):
+        load_case(case, ("flair", "t1"))
+
+
+def test_a_channel_that_is_a_copy_of_another_is_reported_and_training_warns(tmp_path, write_slices, caplog):
+    flair, t1ce = np.random.default_rng(0).integers(1, 250, (2, 40, 40)).astype(np.uint8)
+    mask = {1: np.full((40, 40), 255, np.uint8)}
+    for case_id, t1 in (("copied", flair), ("sound", 255 - flair)):
+        write_slices(tmp_path / "in", case_id, {1: np.stack([t1, flair, t1ce], axis=-1)}, mask)
+    cases, problems = check_cohort(CaseSource(tmp_path / "in"), ("flair",))
+    copied = "its t1 is a copy of its flair, voxel for voxel"
+    assert [(found.case, found.severity, found.problem) for found in problems] == [
+        ("copied", "warning", copied)
+    ]
+    names = ("flair", "t1", "t1ce")
+    assert load_case(cases[0], names).warnings == (copied,)
+    for _ in range(2):  # decoded, then found in the cache
+        caplog.clear()
+        prepare_cases(cases, names, ("WT",), tmp_path / "cache")
+        assert [each.message for each in caplog.records if each.levelname == "WARNING"] == [
+            f"copied: {copied}"
+        ]
 
 
 def test_alpha_is_no_channel_to_choose(tmp_path, write_slices, input_error):
