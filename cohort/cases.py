@@ -6,8 +6,10 @@ W), oriented LPS: D runs to superior, H to posterior, W to the patient's left, a
 
 import gzip
 import hashlib
+import itertools
 import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Annotated, Literal
 import cv2
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
@@ -30,6 +33,9 @@ Modality = Literal["flair", "t1", "t1ce", "t2"]
 Modalities = Annotated[tuple[Modality, ...], Distinct()]  # as a setting
 CANONICAL = axcodes2ornt("LPS")
 AFFINE_TOLERANCE_MM = 0.01  # the files of a case may differ by rounding
+CORNER_TOLERANCE_MM = 0.5  # sform and qform may place a corner of the volume this far apart: rounding
+SPACING_TOLERANCE = 0.002  # pixdim and affine may differ by this share, as 0.938 and 0.9375 do
+SHEAR_TOLERANCE = 0.001  # share of a voxel's volume that shear takes and nobody is told of
 NIFTI_ERRORS = (
     nib.filebasedimages.ImageFileError,
     HeaderDataError,
@@ -173,6 +179,90 @@ def read_modality(
         decoded.clear()
         decoded[paths[0]] = decode_nifti(paths[0])
     return orient_volume(paths[0], *decoded[paths[0]], case.volume_index.get(name))
+
+
+def measure_spacing(affine: np.ndarray) -> tuple[float, float, float]:
+    """Return the spacing (D, H, W) in mm of a canonical affine (4, 4); its product is a voxel's volume.
+
+    The lengths of the affine's columns, as nibabel has them. Where shear makes their product exceed the
+    determinant, the perpendicular distances: of columns along X, of rows within a slice, and of slices.
+    """
+    matrix = affine[:3, :3]
+    edges = nib.affines.voxel_sizes(affine)
+    if not np.isclose(edges.prod(), abs(np.linalg.det(matrix)), rtol=1e-6, atol=0):  # float32 rounds to 1e-7
+        edges = np.abs(np.diag(np.linalg.qr(matrix)[1]))  # Gram-Schmidt: the product is the determinant
+    return tuple(float(size) for size in edges[::-1])
+
+
+def describe_affine(affine: np.ndarray) -> str:
+    """Return the first three rows of an affine in one line."""
+    rows = (" ".join(f"{value:.5g}" for value in row) for row in np.round(affine[:3], 4) + 0.0)
+    return f"[{'; '.join(rows)}]"
+
+
+def find_geometry_conflicts(path: Path) -> list[str]:
+    """Return a sentence for each disagreement inside a NIfTI header, with both values and which is used.
+
+    nibabel takes the sform where its code is set, else the qform, else pixdim; so does this program.
+    """
+    image = read_nifti_header(path)
+    header, affine = image.header, image.affine
+    if not isinstance(header, nib.Nifti1Header) or not np.isfinite(affine).all():
+        return []
+    edges, volume = nib.affines.voxel_sizes(affine), abs(np.linalg.det(affine[:3, :3]))
+    used = "sform" if header["sform_code"] else "qform" if header["qform_code"] else "pixdim"
+    conflicts = []
+    zooms = np.abs(np.array(header.get_zooms()[:3], float))
+    if len(zooms) == 3 and not np.allclose(zooms, edges, rtol=SPACING_TOLERANCE, atol=0):
+        conflicts.append(
+            f"its pixdim has voxels of {_describe_voxel(zooms, zooms.prod())}, its {used} of "
+            f"{_describe_voxel(edges, volume)}; the {used} is used"
+        )
+    if used == "sform" and header["qform_code"]:
+        conflicts += _compare_with_qform(header, affine, image.shape[:3])
+    if volume and edges.prod() / volume - 1 > SHEAR_TOLERANCE:
+        conflicts.append(
+            f"its {used} is sheared: a voxel has {volume:.5g} mm3 by the determinant, {edges.prod():.5g} by "
+            "its edges; the determinant is used, and distances in mm leave the shear out"
+        )
+    return conflicts
+
+
+def summarise_conflicts(case: Case, modalities: Sequence[str], with_mask: bool) -> list[str]:
+    """Return what `find_geometry_conflicts` says of a case's files, each sentence once, after whose it is."""
+    if case.layout == "slices":
+        return []
+    names_of: dict[Path, list[str]] = defaultdict(list)  # the four of MSD share one file
+    for name in modalities:
+        names_of[case.modalities[name][0]].append(name)
+    if with_mask:
+        names_of[case.mask[0]].append("mask")
+    files_of: dict[str, list[str]] = defaultdict(list)
+    for path, names in names_of.items():
+        for sentence in find_geometry_conflicts(path):
+            files_of[sentence] += names
+    return [f"{', '.join(names)}: {sentence}" for sentence, names in files_of.items()]
+
+
+def _compare_with_qform(header: nib.Nifti1Header, sform: np.ndarray, shape: Sequence[int]) -> list[str]:
+    """Return a sentence where qform and sform place a corner of the volume apart, else nothing."""
+    try:
+        qform = header.get_qform()
+    except (HeaderDataError, ValueError):
+        return ["its qform is no rotation; the sform is used"]
+    last = [max(0, size - 1) for size in shape]
+    corners = np.array(list(itertools.product(*((0, end) for end in last))))
+    apart = np.linalg.norm(apply_affine(sform, corners) - apply_affine(qform, corners), axis=1).max()
+    if apart <= CORNER_TOLERANCE_MM:
+        return []
+    return [
+        f"its sform {describe_affine(sform)} and its qform {describe_affine(qform)} are up to {apart:.3g} mm "
+        "apart; the sform is used"
+    ]
+
+
+def _describe_voxel(edges: np.ndarray, volume: float) -> str:
+    return f"{' x '.join(f'{edge:.4g}' for edge in edges)} mm ({volume:.4g} mm3)"
 
 
 def read_slices_of(case: Case, name: str) -> np.ndarray:
@@ -340,10 +430,13 @@ def _check_pages(case: Case) -> None:
 
 
 def check_affine(path: Path, affine: np.ndarray, expected: np.ndarray) -> None:
-    """Raise InputError where a file lies elsewhere in space than the first file of its case."""
+    """Raise InputError where a file's canonical affine is not that of the first file of its case."""
     if not np.allclose(affine, expected, atol=AFFINE_TOLERANCE_MM):
         raise InputError(
-            path, "its affine differs from that of the case's first modality", "register the files"
+            path,
+            f"its affine differs from that of the case's first modality, {describe_affine(affine)} from "
+            f"{describe_affine(expected)}",
+            "register the files",
         )
 
 
@@ -383,8 +476,8 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
         raise InputError(
             case.mask[0], f"the mask has shape {labels.shape}, the {modalities[0]} {volumes[0].shape}"
         )
-    spacing_mm = tuple(float(size) for size in nib.affines.voxel_sizes(affine)[::-1])
-    return LoadedCase(np.stack(volumes), labels, affine, spacing_mm, tuple(warnings))
+    warnings += summarise_conflicts(case, modalities, labels is not None)
+    return LoadedCase(np.stack(volumes), labels, affine, measure_spacing(affine), tuple(warnings))
 
 
 def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:

@@ -16,8 +16,16 @@ from hypothesis import strategies as st
 from nibabel.orientations import aff2axcodes, axcodes2ornt, ornt_transform
 from PIL import Image
 
+from audit.measure import measure_case
 from cohort.cache import prepare_cases
-from cohort.cases import Case, load_case, save_labels, with_reference
+from cohort.cases import (
+    Case,
+    find_geometry_conflicts,
+    load_case,
+    measure_spacing,
+    save_labels,
+    with_reference,
+)
 from cohort.check import check_case, check_cohort
 from cohort.labels import labels_from_regions, regions_from_labels
 from cohort.layouts import CaseSource, cases_of_files, find_cases
@@ -30,6 +38,7 @@ FLAIR = np.arange(60, dtype=np.int16).reshape(SHAPE_XYZ)  # every voxel has a va
 SEG = np.array([0, 1, 2, 4], np.uint8)[FLAIR % 4]
 # Unequal steps, so that an exchanged axis shows in the spacing; 30, 40, 50 is off the axes of symmetry.
 AFFINE_123_MM = np.array([[-1.0, 0, 0, 30], [0, -2.0, 0, 40], [0, 0, 3.0, 50], [0, 0, 0, 1]])
+LPS_1MM = np.diag([-1.0, -1.0, 1.0, 1.0])
 ORIENTATIONS = ("LPS", "RAS", "LPI", "RAI", "PSR", "SLP", "IAR", "ARS")
 
 
@@ -169,6 +178,120 @@ def test_cohort_without_any_mask_cannot_be_trained_on(tmp_path, write_nifti, inp
     write_nifti(tmp_path / "x" / "x_flair.nii.gz", FLAIR)
     with input_error(tmp_path):
         with_reference(find_cases(CaseSource(tmp_path)), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Geometry that disagrees with itself
+# ------------------------------------------------------------------------------------------------------------
+
+# The third axis leans: (0, 1.5, 2) is 2.5 mm long, but slices are 2 mm apart and a voxel has 2 x 2 x 2 mm3.
+SHEARED = np.array([[-2.0, 0, 0, 30], [0, -2.0, 1.5, 40], [0, 0, 2.0, 50], [0, 0, 0, 1]])
+TURN = np.array([[np.cos(0.3), -np.sin(0.3), 0], [np.sin(0.3), np.cos(0.3), 0], [0, 0, 1]])
+
+
+def warnings_of(case: Case) -> list[str]:
+    """Return the warnings of --check, which are those that reading says, without the files' names."""
+    problems = check_case(case)
+    assert {problem.severity for problem in problems} <= {"warning"}
+    said = [sentence.partition(": ")[2] for sentence in load_case(case).warnings]
+    assert said == list(dict.fromkeys(problem.problem for problem in problems))
+    return said
+
+
+def test_pixdim_that_contradicts_the_affine_is_said_and_the_affine_used(brats_case):
+    case = brats_case()
+    path = case.modalities["flair"][0]
+    patch_header(path, 80, struct.pack("<fff", 1.0, 1.0, 0.5))
+    (said,) = warnings_of(case)
+    assert said == (
+        "its pixdim has voxels of 1 x 1 x 0.5 mm (0.5 mm3), its sform of 1 x 2 x 3 mm (6 mm3); "
+        "the sform is used"
+    )
+    assert load_case(case).spacing_mm == (3.0, 2.0, 1.0)
+    assert load_case(case).warnings == (f"flair: {said}",)
+
+
+def test_a_qform_that_contradicts_the_sform_is_said_and_the_sform_used(brats_case):
+    case = brats_case()
+    path = case.modalities["flair"][0]
+    image = nib.load(path)
+    array = np.asanyarray(image.dataobj)
+    shifted = AFFINE_123_MM.copy()
+    shifted[0, 3] += 7
+    image.header.set_qform(shifted, 1)
+    nib.save(nib.Nifti1Image(array, None, image.header), path)
+    assert nib.load(path).header["qform_code"] == 1
+    (said,) = warnings_of(case)
+    assert said == (
+        "its sform [-1 0 0 30; 0 -2 0 40; 0 0 3 50] and its qform [-1 0 0 37; 0 -2 0 40; 0 0 3 50] "
+        "are up to 7 mm apart; the sform is used"
+    )
+    assert (load_case(case).affine == AFFINE_123_MM).all()
+
+
+def test_shear_is_said_and_a_voxel_has_the_volume_of_the_determinant(tmp_path, write_nifti):
+    for name, array in (("flair", FLAIR), ("seg", SEG)):
+        path = write_nifti(tmp_path / "x" / f"x_{name}.nii.gz", array, SHEARED)
+        patch_header(path, 80, struct.pack("<fff", 2.0, 2.0, 2.5))
+    (case,) = find_cases(CaseSource(tmp_path))
+    (said,) = warnings_of(case)
+    assert "8 mm3 by the determinant, 10 by its edges; the determinant is used" in said
+    loaded = load_case(case)
+    assert loaded.warnings == (f"flair, mask: {said}",)
+    assert np.allclose(loaded.spacing_mm, (2, 2, 2), atol=1e-12)
+    reference = loaded.labels > 0
+    row = measure_case(reference, reference, loaded.spacing_mm)
+    assert row["reference_ml"] == pytest.approx(np.count_nonzero(SEG) * 8 / 1000, rel=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_voxel_has_the_volume_of_the_determinant_whatever_the_affine(seed):
+    affine = np.eye(4)
+    affine[:3, :3] = np.random.default_rng(seed).normal(size=(3, 3))
+    assert np.prod(measure_spacing(affine)) == pytest.approx(abs(np.linalg.det(affine[:3, :3])), rel=1e-5)
+
+
+@given(
+    st.tuples(*[st.floats(0.1, 10)] * 3),
+    st.sampled_from(list(itertools.permutations(range(3)))),
+    st.booleans(),
+)
+def test_without_shear_spacing_is_the_length_of_the_columns_to_the_bit(steps, order, oblique):
+    affine = np.eye(4)
+    affine[:3, :3] = ((TURN if oblique else np.eye(3)) @ np.diag(steps))[:, order].astype(np.float32)
+    assert measure_spacing(affine) == tuple(nib.affines.voxel_sizes(affine)[::-1])
+
+
+@pytest.mark.parametrize("turn", [np.eye(3), TURN])
+@pytest.mark.parametrize("codes", [(1, 1), (0, 2), (1, 0), (2, 4)])
+def test_sound_headers_are_not_warned_of(tmp_path, turn, codes):
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([-0.9375, -0.9375, 6.5])
+    affine[:3, 3] = 113.7, 92.1, -61.3
+    image = nib.Nifti1Image(np.zeros((240, 240, 24), np.int16), affine)
+    image.header.set_qform(affine, codes[0])
+    image.header.set_sform(affine, codes[1])
+    path = tmp_path / "x.nii.gz"
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), None, image.header), path)
+    assert find_geometry_conflicts(path) == []
+
+
+def test_a_mask_elsewhere_in_space_is_refused_with_both_affines(brats_case, write_nifti, input_error):
+    case = brats_case()
+    write_nifti(case.mask[0], SEG, LPS_1MM)
+    both = "[-1 0 0 0; 0 -1 0 0; 0 0 1 0] from [-1 0 0 30; 0 -2 0 40; 0 0 3 50]"
+    with input_error(case.mask[0], both):
+        load_case(case)
+
+
+def test_runs_say_what_a_header_contradicts_whether_decoded_or_cached(brats_case, tmp_path, caplog):
+    case = brats_case()
+    patch_header(case.modalities["flair"][0], 80, struct.pack("<fff", 1.0, 1.0, 1.0))
+    for _ in range(2):
+        caplog.clear()
+        prepare_cases([case], ("flair",), ("WT",), tmp_path / "cache")
+        (warning,) = [each.message for each in caplog.records if each.levelname == "WARNING"]
+        assert warning.startswith("x: flair: its pixdim has voxels of 1 x 1 x 1 mm (1 mm3), its sform")
 
 
 # ------------------------------------------------------------------------------------------------------------
