@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from audit.masks import postprocess, settings_of, threshold_regions
 from audit.overlays import plot_overlay
-from cohort.cases import Case, load_case, save_labels
+from cohort.cases import Case, load_case, log_warnings, save_labels
 from cohort.labels import labels_from_regions
 from cohort.layouts import (
     CaseSource,
@@ -280,6 +280,7 @@ class ReadCase(NamedTuple):
 def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
     """Read and normalise one case; of the raw intensities only those of the first modality stay."""
     loaded = load_case(case, modalities)
+    log_warnings([(case.case_id, loaded.warnings)])
     volume, brain = normalise_volume(loaded.volume)
     return ReadCase(case, volume, brain.sum((1, 2)), loaded.volume[0].copy(), loaded.spacing_mm)
 

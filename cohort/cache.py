@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cohort.cases import Case, load_case
+from cohort.cases import Case, load_case, log_warnings
 from cohort.fingerprints import FINGERPRINT_VERSION, fingerprint, fingerprint_modality
 from cohort.labels import regions_from_labels
 from cohort.preprocess import normalise_volume, slab_slices
@@ -32,7 +32,7 @@ from runtime.processes import map_in_processes
 from runtime.ranks import wait_for_all
 from utils_v2 import bounding_box
 
-CACHE_VERSION = 5  # raise when normalisation or the layout of entries changes: older entries are never read
+CACHE_VERSION = 6  # raise when normalisation or the layout of entries changes: older entries are never read
 CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Decoded volumes of DRUnet V2; safe to delete.\n"
 FOLDERS = ("entries", "stamps", "runs", "fingerprints")  # the last two only in caches of older versions
 # What names a case and says nothing of its pixels: a renamed copy shares the entry.
@@ -63,6 +63,7 @@ class PreparedCase:
     box: Box  # the part of it that is stored
     reference_box: Box  # around all regions; of one voxel where there is no tumour
     background: tuple[float, ...]  # value of each modality outside the box
+    warnings: tuple[str, ...] = ()  # see cases.LoadedCase
 
     @property
     def volume(self) -> np.ndarray:
@@ -164,6 +165,7 @@ def write_entry(
     masks: np.ndarray,
     spacing_mm: Sequence[float],
     content: Mapping[str, str],
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write an entry under a temporary name, move it into place whole, and return its facts.
 
@@ -187,6 +189,7 @@ def write_entry(
             "box": box,
             "reference_box": box_around(masks[1:].any(0)),
             "background": volume[:, 0, 0, 0].tolist(),
+            "warnings": list(warnings),
             "bytes": {name: (temporary / name).stat().st_size for name in arrays},
         }
         write_json(temporary / "facts.json", facts)
@@ -296,7 +299,9 @@ def prepare_cases(
     facts.update(zip((folder for folder, _ in missing), built, strict=True))
     size = sum(sum(entry["bytes"].values()) for entry in facts.values())
     log.info("cache: %d cases, %.3g GB in %s, %d made now", len(facts), size / 1e9, cache_dir, len(missing))
-    return [open_entry(case, folder, facts[folder]) for case, folder in zip(cases, folders, strict=True)]
+    prepared = [open_entry(case, folder, facts[folder]) for case, folder in zip(cases, folders, strict=True)]
+    log_warnings([(case.case_id, case.warnings) for case in prepared])
+    return prepared
 
 
 def prepare_for_all_ranks(
@@ -322,7 +327,7 @@ def build_entry(
         masks = np.concatenate([masks, regions_from_labels(loaded.labels, case.convention, regions)])
     first = loaded.volume[modalities.index(fingerprint_modality(modalities))]
     content = fingerprint(first, loaded.labels)
-    return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content)
+    return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content, loaded.warnings)
 
 
 def open_cache(cache_dir: Path) -> None:

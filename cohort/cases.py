@@ -5,7 +5,11 @@ W), oriented LPS: D runs to superior, H to posterior, W to the patient's left, a
 """
 
 import gzip
+import hashlib
+import itertools
+import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Annotated, Literal
 import cv2
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
@@ -21,12 +26,16 @@ from cohort.labels import LABEL_CONVENTIONS, NO_REGION, round_labels
 from runtime.command import Distinct
 from runtime.errors import InputError
 from runtime.files import write_atomically
+from runtime.log import log
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 Modality = Literal["flair", "t1", "t1ce", "t2"]
 Modalities = Annotated[tuple[Modality, ...], Distinct()]  # as a setting
 CANONICAL = axcodes2ornt("LPS")
 AFFINE_TOLERANCE_MM = 0.01  # the files of a case may differ by rounding
+CORNER_TOLERANCE_MM = 0.5  # sform and qform may place a corner of the volume this far apart: rounding
+SPACING_TOLERANCE = 0.002  # pixdim and affine may differ by this share, as 0.938 and 0.9375 do
+SHEAR_TOLERANCE = 0.001  # share of a voxel's volume that shear takes and nobody is told of
 NIFTI_ERRORS = (
     nib.filebasedimages.ImageFileError,
     HeaderDataError,
@@ -36,6 +45,7 @@ NIFTI_ERRORS = (
     ValueError,
 )
 SLICES_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # PNG and TIF carry no geometry: 1 mm, LPS, stated as unknown
+RGB_CHANNELS = {"t1": 0, "flair": 1, "t1ce": 2}  # kaggle_3m: before contrast, FLAIR, after contrast
 INT16_SEAM = 2**14  # int16 files with voxels beyond it on both sides have wrapped around
 
 
@@ -48,8 +58,8 @@ class Case:
     cohort: str
     layout: str  # a key of layouts.LAYOUTS
     convention: str  # a key of LABEL_CONVENTIONS
-    modalities: dict[str, tuple[Path, ...]]  # one NIfTI file, or the slices from first to last
-    mask: tuple[Path, ...]  # empty where there is no reference
+    modalities: dict[str, tuple[Path, ...]]  # one NIfTI file or multi-page TIF, or slices from first to last
+    mask: tuple[Path, ...]  # as a modality; empty where there is no reference
     slice_channel: int = 1  # which channel of RGB slices is FLAIR
     volume_index: Mapping[str, int] = field(default_factory=dict)  # per modality, in files of four axes
     aliases: tuple[str, ...] = ()  # other ids of this scan or patient, by a mapping sheet
@@ -62,7 +72,8 @@ class LoadedCase:
     volume: np.ndarray  # (C, D, H, W) float32
     labels: np.ndarray | None  # (D, H, W) uint8, values of the case's label convention
     affine: np.ndarray  # (4, 4), canonical voxel (X, Y, Z) to mm
-    spacing_mm: tuple[float, float, float]  # (D, H, W)
+    spacing_mm: tuple[float, float, float]  # (D, H, W); their product is the volume of a voxel
+    warnings: tuple[str, ...] = ()  # what deserves a look, without the case's name or its files' paths
 
 
 def with_reference(cases: Sequence[Case], data_dir: str | Path) -> list[Case]:
@@ -163,11 +174,104 @@ def read_modality(
     """
     paths = case.modalities[name]
     if case.layout == "slices":
-        return read_slices(paths, case.slice_channel), SLICES_AFFINE
+        return read_slices_of(case, name), SLICES_AFFINE
     if paths[0] not in decoded:
         decoded.clear()
         decoded[paths[0]] = decode_nifti(paths[0])
     return orient_volume(paths[0], *decoded[paths[0]], case.volume_index.get(name))
+
+
+def measure_spacing(affine: np.ndarray) -> tuple[float, float, float]:
+    """Return the spacing (D, H, W) in mm of a canonical affine (4, 4); its product is a voxel's volume.
+
+    The lengths of the affine's columns, as nibabel has them. Where shear makes their product exceed the
+    determinant, the perpendicular distances: of columns along X, of rows within a slice, and of slices.
+    """
+    matrix = affine[:3, :3]
+    edges = nib.affines.voxel_sizes(affine)
+    if not np.isclose(edges.prod(), abs(np.linalg.det(matrix)), rtol=1e-6, atol=0):  # float32 rounds to 1e-7
+        edges = np.abs(np.diag(np.linalg.qr(matrix)[1]))  # Gram-Schmidt: the product is the determinant
+    return tuple(float(size) for size in edges[::-1])
+
+
+def describe_affine(affine: np.ndarray) -> str:
+    """Return the first three rows of an affine in one line."""
+    rows = (" ".join(f"{value:.5g}" for value in row) for row in np.round(affine[:3], 4) + 0.0)
+    return f"[{'; '.join(rows)}]"
+
+
+def find_geometry_conflicts(path: Path) -> list[str]:
+    """Return a sentence for each disagreement inside a NIfTI header, with both values and which is used.
+
+    nibabel takes the sform where its code is set, else the qform, else pixdim; so does this program.
+    """
+    image = read_nifti_header(path)
+    header, affine = image.header, image.affine
+    if not isinstance(header, nib.Nifti1Header) or not np.isfinite(affine).all():
+        return []
+    edges, volume = nib.affines.voxel_sizes(affine), abs(np.linalg.det(affine[:3, :3]))
+    used = "sform" if header["sform_code"] else "qform" if header["qform_code"] else "pixdim"
+    conflicts = []
+    zooms = np.abs(np.array(header.get_zooms()[:3], float))
+    if len(zooms) == 3 and not np.allclose(zooms, edges, rtol=SPACING_TOLERANCE, atol=0):
+        conflicts.append(
+            f"its pixdim has voxels of {_describe_voxel(zooms, zooms.prod())}, its {used} of "
+            f"{_describe_voxel(edges, volume)}; the {used} is used"
+        )
+    if used == "sform" and header["qform_code"]:
+        conflicts += _compare_with_qform(header, affine, image.shape[:3])
+    if volume and edges.prod() / volume - 1 > SHEAR_TOLERANCE:
+        conflicts.append(
+            f"its {used} is sheared: a voxel has {volume:.5g} mm3 by the determinant, {edges.prod():.5g} by "
+            "its edges; the determinant is used, and distances in mm leave the shear out"
+        )
+    return conflicts
+
+
+def summarise_conflicts(case: Case, modalities: Sequence[str], with_mask: bool) -> list[str]:
+    """Return what `find_geometry_conflicts` says of a case's files, each sentence once, after whose it is."""
+    if case.layout == "slices":
+        return []
+    names_of: dict[Path, list[str]] = defaultdict(list)  # the four of MSD share one file
+    for name in modalities:
+        names_of[case.modalities[name][0]].append(name)
+    if with_mask:
+        names_of[case.mask[0]].append("mask")
+    files_of: dict[str, list[str]] = defaultdict(list)
+    for path, names in names_of.items():
+        for sentence in find_geometry_conflicts(path):
+            files_of[sentence] += names
+    return [f"{', '.join(names)}: {sentence}" for sentence, names in files_of.items()]
+
+
+def _compare_with_qform(header: nib.Nifti1Header, sform: np.ndarray, shape: Sequence[int]) -> list[str]:
+    """Return a sentence where qform and sform place a corner of the volume apart, else nothing."""
+    try:
+        qform = header.get_qform()
+    except (HeaderDataError, ValueError):
+        return ["its qform is no rotation; the sform is used"]
+    last = [max(0, size - 1) for size in shape]
+    corners = np.array(list(itertools.product(*((0, end) for end in last))))
+    apart = np.linalg.norm(apply_affine(sform, corners) - apply_affine(qform, corners), axis=1).max()
+    if apart <= CORNER_TOLERANCE_MM:
+        return []
+    return [
+        f"its sform {describe_affine(sform)} and its qform {describe_affine(qform)} are up to {apart:.3g} mm "
+        "apart; the sform is used"
+    ]
+
+
+def _describe_voxel(edges: np.ndarray, volume: float) -> str:
+    return f"{' x '.join(f'{edge:.4g}' for edge in edges)} mm ({volume:.4g} mm3)"
+
+
+def read_slices_of(case: Case, name: str) -> np.ndarray:
+    """Return one modality of a case of pictures as (D, H, W) of their own integer type.
+
+    FLAIR is the case's `slice_channel`, or grey; T1 and T1ce are the red and the blue of RGB pictures.
+    """
+    channel = case.slice_channel if name == "flair" else RGB_CHANNELS[name]
+    return read_slices(case.modalities[name], channel, needs_colour=name != "flair")
 
 
 def one_line(error: Exception) -> str:
@@ -175,26 +279,94 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def read_slices(paths: Sequence[Path], channel: int | None) -> np.ndarray:
-    """Return the slices of one case as (D, H, W) of their own integer type.
+def count_pages(path: Path) -> int:
+    """Return how many pages a TIF file says it has, a cut-off one included; 0 where it is no TIF.
 
-    Of RGB files one channel; with None, for masks, whatever their colour, the brightest.
+    Only the chain of page directories is followed (TIFF 6.0, section 2; BigTIFF with 8-byte offsets).
     """
-    slices = []
-    for path in paths:
+    with path.open("rb") as file:
+        head = file.read(16)
+        order = {b"II": "<", b"MM": ">"}.get(head[:2])
+        if order is None or len(head) < 16:
+            return 0
+        version = struct.unpack_from(f"{order}H", head, 2)[0]
+        if version not in (42, 43):
+            return 0
+        at, count_type, entry_bytes, link_type = (4, "H", 12, "I") if version == 42 else (8, "Q", 20, "Q")
+        link = struct.unpack_from(order + link_type, head, at)[0]
+        links: set[int] = set()
+        while link and link not in links:
+            links.add(link)
+            file.seek(link)
+            count = file.read(struct.calcsize(order + count_type))
+            if len(count) < struct.calcsize(order + count_type):
+                break
+            file.seek(struct.unpack(order + count_type, count)[0] * entry_bytes, 1)
+            following = file.read(struct.calcsize(order + link_type))
+            if len(following) < struct.calcsize(order + link_type):
+                break
+            link = struct.unpack(order + link_type, following)[0]
+    return len(links)
+
+
+def is_colour(path: Path) -> bool:
+    """Return whether a picture file has three channels or more; False where it is not readable."""
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    return pixels is not None and pixels.ndim == 3 and pixels.shape[2] >= 3
+
+
+def is_stack(path: Path) -> bool:
+    """Return whether a picture file is a TIF of several pages; False where it cannot be opened."""
+    try:
+        return path.suffix.lower() in (".tif", ".tiff") and count_pages(path) > 1
+    except OSError:
+        return False
+
+
+def read_pages(path: Path) -> list[np.ndarray]:
+    """Return the pages of a picture, of which all but TIF have one; (H, W), or (H, W, C) in BGR order."""
+    if not is_stack(path):
         pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         if pixels is None:
             raise InputError(path, "not a readable picture", "export it again")
-        if pixels.ndim == 3 and channel is None:
-            pixels = pixels[..., :3].max(-1)
-        elif pixels.ndim == 3:
-            if not 0 <= channel < min(pixels.shape[2], 3):
-                raise InputError(path, f"has no channel {channel}", "--slice-channel takes 0, 1 or 2")
-            pixels = pixels[..., 2 - channel]  # OpenCV reads BGR
-        if slices and pixels.shape != slices[0].shape:
-            raise InputError(path, f"has shape {pixels.shape}, the case's first slice {slices[0].shape}")
-        slices.append(pixels)
+        return [pixels]
+    _, pages = cv2.imreadmulti(str(path), flags=cv2.IMREAD_UNCHANGED)
+    if len(pages) != (expected := count_pages(path)):
+        raise InputError(path, f"only {len(pages)} of its {expected} pages are readable", "export it again")
+    return list(pages)
+
+
+def read_slices(paths: Sequence[Path], channel: int | None, needs_colour: bool = False) -> np.ndarray:
+    """Return the slices of one case as (D, H, W) of their own integer type: one file each, or one of pages.
+
+    Of RGB files one channel; with None, for masks, whatever their colour, the brightest. Grey files have no
+    channels and are taken as they are, unless `needs_colour`.
+    """
+    slices: list[np.ndarray] = []
+    for path in paths:
+        pages = read_pages(path)
+        if len(pages) > 1 and len(paths) > 1:
+            raise InputError(
+                path, f"has {len(pages)} pages among slices of one", "a multi-page TIF is a case by itself"
+            )
+        for pixels in pages:
+            pixels = _choose_channel(path, pixels, channel, needs_colour)
+            if slices and pixels.shape != slices[0].shape:
+                raise InputError(path, f"has shape {pixels.shape}, the case's first slice {slices[0].shape}")
+            slices.append(pixels)
     return np.stack(slices)
+
+
+def _choose_channel(path: Path, pixels: np.ndarray, channel: int | None, needs_colour: bool) -> np.ndarray:
+    if pixels.ndim == 2:
+        if needs_colour:
+            raise InputError(path, "is grey, and T1 and T1ce are the red and blue of RGB slices")
+        return pixels
+    if channel is None:
+        return pixels[..., :3].max(-1)
+    if not 0 <= channel < min(pixels.shape[2], 3):
+        raise InputError(path, f"has no channel {channel}", "--slice-channel takes 0, 1 or 2")
+    return pixels[..., 2 - channel]  # OpenCV reads BGR
 
 
 def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +375,7 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     Raises InputError on a value the case's convention does not have; float masks may miss it by 1e-3.
     """
     if case.layout == "slices":
+        _check_pages(case)
         labels, affine = read_slices(case.mask, None), SLICES_AFFINE
         values = np.unique(labels)
         labels = np.where(labels == 255, 1, labels) if values[-1] == 255 else labels
@@ -223,11 +396,47 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return labels.astype(np.uint8), affine
 
 
+def find_copy(name: str, array: np.ndarray, seen: dict[str, str]) -> str | None:
+    """Return a sentence where a modality (D, H, W) is voxel for voxel another one of its case, else None.
+
+    `seen`, of the case, maps the hash of each modality so far to its name; this one joins it. In 10 of the
+    110 patients of kaggle_3m a sequence that was not scanned is a copy of FLAIR.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+    other = seen.setdefault(digest, name)
+    return None if other == name else f"its {name} is a copy of its {other}, voxel for voxel"
+
+
+def log_warnings(warnings: Sequence[tuple[str, Sequence[str]]], shown: int = 10) -> None:
+    """Log what deserves a look in cases, given as (case id, warnings): the first, then how many more."""
+    sentences = [f"{case_id}: {sentence}" for case_id, own in warnings for sentence in own]
+    for sentence in sentences[:shown]:
+        log.warning("%s", sentence)
+    if len(sentences) > shown:
+        log.warning("and %d more warnings; --check lists all", len(sentences) - shown)
+
+
+def _check_pages(case: Case) -> None:
+    """Raise InputError where a mask has another number of pages than its multi-page TIF, or the reverse."""
+    images = next(iter(case.modalities.values()), ())
+    if len(images) == len(case.mask) == 1 and (is_stack(images[0]) or is_stack(case.mask[0])):
+        expected, pages = count_pages(images[0]) or 1, count_pages(case.mask[0]) or 1
+        if pages != expected:
+            raise InputError(
+                case.mask[0],
+                f"this mask has {pages} page{'s' if pages > 1 else ''}, {images[0].name} {expected}",
+                "give each page of the case one of the mask",
+            )
+
+
 def check_affine(path: Path, affine: np.ndarray, expected: np.ndarray) -> None:
-    """Raise InputError where a file lies elsewhere in space than the first file of its case."""
+    """Raise InputError where a file's canonical affine is not that of the first file of its case."""
     if not np.allclose(affine, expected, atol=AFFINE_TOLERANCE_MM):
         raise InputError(
-            path, "its affine differs from that of the case's first modality", "register the files"
+            path,
+            f"its affine differs from that of the case's first modality, {describe_affine(affine)} from "
+            f"{describe_affine(expected)}",
+            "register the files",
         )
 
 
@@ -244,6 +453,8 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
     The spacing of PNG and TIF slices is unknown and stated as 1 mm.
     """
     volumes, affine = [], SLICES_AFFINE
+    seen: dict[str, str] = {}
+    warnings: list[str] = []
     decoded: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
     for name in modalities:
         path = case.modalities[name][0]
@@ -254,6 +465,8 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
             raise InputError(path, f"has shape {array.shape}, the case's {modalities[0]} {volumes[0].shape}")
         if not np.isfinite(array).all():
             raise InputError(path, "holds NaN or infinite values", "repair it or leave the case out")
+        if len(modalities) > 1 and (copy := find_copy(name, array, seen)):
+            warnings.append(copy)
         volumes.append(array.astype(np.float32))
     labels = None
     if case.mask:
@@ -263,8 +476,8 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
         raise InputError(
             case.mask[0], f"the mask has shape {labels.shape}, the {modalities[0]} {volumes[0].shape}"
         )
-    spacing_mm = tuple(float(size) for size in nib.affines.voxel_sizes(affine)[::-1])
-    return LoadedCase(np.stack(volumes), labels, affine, spacing_mm)
+    warnings += summarise_conflicts(case, modalities, labels is not None)
+    return LoadedCase(np.stack(volumes), labels, affine, measure_spacing(affine), tuple(warnings))
 
 
 def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
@@ -272,9 +485,14 @@ def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
 
     NIfTI cases: `<case>_seg.nii.gz` (`<case>-seg.nii.gz` from BraTS 2023 on), uint8, in the orientation,
     affine and header of the case's first modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`,
-    0 and 255.
+    0 and 255. A multi-page TIF: `<case>_mask.tif` of as many pages, 0 and 255.
     """
     paths = next(iter(case.modalities.values()))
+    if case.layout == "slices" and is_stack(paths[0]):
+        pages = list((labels > 0).astype(np.uint8) * 255)
+        output = output_dir / f"{case.case_id}_mask.tif"
+        write_atomically(output, lambda target: _write_stack(target, pages))
+        return output
     if case.layout == "slices":
         folder = output_dir / case.case_id
         for path, pixels in zip(paths, labels, strict=True):
@@ -298,3 +516,8 @@ def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
 def _write_picture(path: Path, pixels: np.ndarray) -> None:
     if not cv2.imwrite(str(path), pixels):
         raise OSError(f"{path}: the picture could not be written")
+
+
+def _write_stack(path: Path, pages: list[np.ndarray]) -> None:
+    if not cv2.imwritemulti(str(path), pages):
+        raise OSError(f"{path}: the pages could not be written")

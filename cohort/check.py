@@ -14,7 +14,16 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
 
-from cohort.cases import AFFINE_TOLERANCE_MM, MODALITIES, Case, read_labels, read_modality
+from cohort.cases import (
+    AFFINE_TOLERANCE_MM,
+    MODALITIES,
+    Case,
+    describe_affine,
+    find_copy,
+    find_geometry_conflicts,
+    read_labels,
+    read_modality,
+)
 from cohort.layouts import CaseSource, missing_modality, scan_cases
 from runtime.errors import InputError
 from runtime.files import write_atomically
@@ -53,7 +62,10 @@ def compare_grids(shape: tuple[int, ...], affine: np.ndarray, first: Grid) -> st
     sizes, first_sizes = (voxel_sizes(matrix)[::-1].round(4).tolist() for matrix in (affine, first.affine))
     if not np.allclose(sizes, first_sizes, atol=AFFINE_TOLERANCE_MM):
         return f"has a spacing of {sizes} mm, the case's {first.name} {first_sizes}"
-    return f"its affine differs from that of the case's {first.name}"
+    return (
+        f"its affine differs from that of the case's {first.name}, {describe_affine(affine)} from "
+        f"{describe_affine(first.affine)}"
+    )
 
 
 def check_intensities(array: np.ndarray) -> Iterator[tuple[Literal["error", "warning"], str]]:
@@ -71,15 +83,23 @@ def check_intensities(array: np.ndarray) -> Iterator[tuple[Literal["error", "war
 def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = True) -> list[Problem]:
     """Return what is wrong with a case's files, each read whole: the modalities it must have, or all it has.
 
-    Unreadable files, NaN, constant volumes, unknown labels, and grids that differ are errors; an empty mask
-    is a warning.
+    Unreadable files, NaN, constant volumes, unknown labels, and grids that differ are errors; an empty mask,
+    a modality that is a copy of another, and a header that disagrees with itself are warnings.
     """
     problems: list[Problem] = []
 
     def note(severity: Literal["error", "warning"], problem: str, file: Path) -> None:
         problems.append(Problem(case.case_id, str(file), severity, problem))
 
+    def note_conflicts(path: Path) -> None:
+        if case.layout != "slices" and str(path) not in geometry_seen:  # the four of MSD share one file
+            geometry_seen.add(str(path))
+            for conflict in find_geometry_conflicts(path):
+                note("warning", conflict, path)
+
+    geometry_seen: set[str] = set()
     first: Grid | None = None
+    seen: dict[str, str] = {}
     decoded: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
     for name in MODALITIES:
         if name not in modalities and not (every_file and name in case.modalities):
@@ -93,16 +113,20 @@ def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = Tr
         except InputError as error:
             problems.append(Problem.of(error, case.case_id))
             continue
+        note_conflicts(path)
         for severity, problem in check_intensities(array):
             note(severity, problem, path)
         first = first or Grid(name, array.shape, affine)
         if difference := compare_grids(array.shape, affine, first):
             note("error", difference, path)
+        elif copy := find_copy(name, array, seen):
+            note("warning", copy, path)
     if case.mask:
         try:
             labels, affine = read_labels(case)
         except InputError as error:
             return [*problems, Problem.of(error, case.case_id)]
+        note_conflicts(case.mask[0])
         if first and (difference := compare_grids(labels.shape, affine, first)):
             note("error", difference, case.mask[0])
         if not labels.any():

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from cohort.cases import MODALITIES, Case, read_nifti_volume
+from cohort.cases import MODALITIES, RGB_CHANNELS, Case, is_colour, is_stack, read_nifti_volume
 from cohort.labels import round_labels
 from cohort.patients import find_sheets, map_patients, patient_of
 from runtime.command import Range, from_plain
@@ -129,11 +129,34 @@ def resolve_msd(folder: Path, names: Sequence[str]) -> list[Found]:
     return found
 
 
+def resolve_stacks(folder: Path, names: Sequence[str]) -> tuple[list[Found], list[str]]:
+    """Return (a case for each multi-page TIF `<case>.tif` with its `<case>_mask.tif`, the names left over).
+
+    A multi-page `<case>_<z>.tif` whose neighbours have one page each is left over: it is no case of its own.
+    """
+    stem_of = {name: Path(name).stem for name in names if re.search(r"\.tiff?$", name, re.IGNORECASE)}
+    masks = {stem[:-5]: name for name, stem in stem_of.items() if stem.lower().endswith("_mask")}
+    stacks = [name for name in stem_of if name not in masks.values() and is_stack(folder / name)]
+    numbered = (re.fullmatch(r"(.+)_\d+\.(png|tiff?)", name, re.IGNORECASE) for name in {*names} - {*stacks})
+    series = {match[1] for match in numbered if match}
+    found, used = [], set()
+    for name in stacks:
+        stem = stem_of[name]
+        if re.sub(r"_\d+$", "", stem) in series:
+            continue
+        mask = (masks[stem],) if stem in masks else ()
+        found.append(Found(stem, {"flair": (folder / name,)}, tuple(folder / own for own in mask)))
+        used |= {name, *mask}
+    return found, [name for name in names if name not in used]
+
+
 def resolve_slices(folder: Path, names: Sequence[str]) -> list[Found]:
     """PNG and TIF slices: `<case>_<z>.png|tif` and `<case>_<z>_mask.*`, z sorted as a number.
 
-    Grey slices are FLAIR. Of RGB slices the chosen channel is FLAIR (kaggle_3m: 0 = T1, 1 = FLAIR, 2 = T1ce).
+    A multi-page TIF is a whole case: `<case>.tif` and `<case>_mask.tif`. Grey slices are FLAIR. Of RGB slices
+    the chosen channel is FLAIR; `offer_channels` adds the others.
     """
+    stacks, names = resolve_stacks(folder, names)
     slices: dict[str, dict[int, Path]] = defaultdict(dict)
     masks: dict[str, dict[int, Path]] = defaultdict(dict)
     for name in names:
@@ -161,7 +184,7 @@ def resolve_slices(folder: Path, names: Sequence[str]) -> list[Found]:
             )
         mask = tuple(masks[case_id][z] for z in numbers) if masks[case_id] else ()
         found.append(Found(case_id, {"flair": tuple(by_number[z] for z in numbers)}, mask))
-    return found
+    return found + stacks
 
 
 # Among layouts of like file names an id belongs to one. BraTS 2024 GLI counts its timepoints from 100, 2023
@@ -184,6 +207,20 @@ LAYOUTS: dict[str, Layout] = {
 # ------------------------------------------------------------------------------------------------------------
 
 
+def offer_channels(
+    modalities: dict[str, tuple[Path, ...]], slice_channel: int
+) -> dict[str, tuple[Path, ...]]:
+    """Return the modalities of a case of slices: T1 and T1ce too where the first file is RGB.
+
+    They are the red and the blue around a green FLAIR. Where FLAIR is said to be another channel the order is
+    not known, and FLAIR is all there is.
+    """
+    paths = modalities["flair"]
+    if slice_channel != RGB_CHANNELS["flair"] or not is_colour(paths[0]):
+        return modalities
+    return {name: paths for name in MODALITIES if name in RGB_CHANNELS}
+
+
 def resolve_folder(
     folder: Path, names: Sequence[str], layout: str, cohort: str = "", slice_channel: int = 1
 ) -> list[Case]:
@@ -200,7 +237,9 @@ def resolve_folder(
                     cohort=cohort,
                     layout=name,
                     convention=row.convention,
-                    modalities=found.modalities,
+                    modalities=offer_channels(found.modalities, slice_channel)
+                    if name == "slices"
+                    else found.modalities,
                     mask=found.mask,
                     slice_channel=slice_channel,
                     volume_index=found.volume_index,
@@ -322,6 +361,12 @@ def find_cases_of_run(settings: Mapping[str, Any], data_dir: str | Path) -> list
 def missing_modality(case: Case, name: str) -> InputError:
     """Return the error of a case without a modality."""
     folder = next(iter((*case.modalities.values(), case.mask)))[0].parent
+    if case.layout == "slices":
+        return InputError(
+            folder,
+            f"the pictures of case {case.case_id} hold no {name}",
+            "grey slices are FLAIR; RGB ones are T1, FLAIR and T1ce unless --slice-channel says otherwise",
+        )
     return InputError(folder, f"case {case.case_id} has no {name} file", "add it or leave the case out")
 
 

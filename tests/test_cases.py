@@ -2,9 +2,11 @@
 
 import gzip
 import itertools
+import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +16,17 @@ from hypothesis import strategies as st
 from nibabel.orientations import aff2axcodes, axcodes2ornt, ornt_transform
 from PIL import Image
 
-from cohort.cases import Case, load_case, save_labels, with_reference
+from audit.measure import measure_case
+from cohort.cache import prepare_cases
+from cohort.cases import (
+    Case,
+    find_geometry_conflicts,
+    load_case,
+    measure_spacing,
+    save_labels,
+    with_reference,
+)
+from cohort.check import check_case, check_cohort
 from cohort.labels import labels_from_regions, regions_from_labels
 from cohort.layouts import CaseSource, cases_of_files, find_cases
 from cohort.patients import patient_of
@@ -26,6 +38,7 @@ FLAIR = np.arange(60, dtype=np.int16).reshape(SHAPE_XYZ)  # every voxel has a va
 SEG = np.array([0, 1, 2, 4], np.uint8)[FLAIR % 4]
 # Unequal steps, so that an exchanged axis shows in the spacing; 30, 40, 50 is off the axes of symmetry.
 AFFINE_123_MM = np.array([[-1.0, 0, 0, 30], [0, -2.0, 0, 40], [0, 0, 3.0, 50], [0, 0, 0, 1]])
+LPS_1MM = np.diag([-1.0, -1.0, 1.0, 1.0])
 ORIENTATIONS = ("LPS", "RAS", "LPI", "RAI", "PSR", "SLP", "IAR", "ARS")
 
 
@@ -168,6 +181,217 @@ def test_cohort_without_any_mask_cannot_be_trained_on(tmp_path, write_nifti, inp
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Geometry that disagrees with itself
+# ------------------------------------------------------------------------------------------------------------
+
+# The third axis leans: (0, 1.5, 2) is 2.5 mm long, but slices are 2 mm apart and a voxel has 2 x 2 x 2 mm3.
+SHEARED = np.array([[-2.0, 0, 0, 30], [0, -2.0, 1.5, 40], [0, 0, 2.0, 50], [0, 0, 0, 1]])
+TURN = np.array([[np.cos(0.3), -np.sin(0.3), 0], [np.sin(0.3), np.cos(0.3), 0], [0, 0, 1]])
+
+
+def warnings_of(case: Case) -> list[str]:
+    """Return the warnings of --check, which are those that reading says, without the files' names."""
+    problems = check_case(case)
+    assert {problem.severity for problem in problems} <= {"warning"}
+    said = [sentence.partition(": ")[2] for sentence in load_case(case).warnings]
+    assert said == list(dict.fromkeys(problem.problem for problem in problems))
+    return said
+
+
+def test_pixdim_that_contradicts_the_affine_is_said_and_the_affine_used(brats_case):
+    case = brats_case()
+    path = case.modalities["flair"][0]
+    patch_header(path, 80, struct.pack("<fff", 1.0, 1.0, 0.5))
+    (said,) = warnings_of(case)
+    assert said == (
+        "its pixdim has voxels of 1 x 1 x 0.5 mm (0.5 mm3), its sform of 1 x 2 x 3 mm (6 mm3); "
+        "the sform is used"
+    )
+    assert load_case(case).spacing_mm == (3.0, 2.0, 1.0)
+    assert load_case(case).warnings == (f"flair: {said}",)
+
+
+def test_a_qform_that_contradicts_the_sform_is_said_and_the_sform_used(brats_case):
+    case = brats_case()
+    path = case.modalities["flair"][0]
+    image = nib.load(path)
+    array = np.asanyarray(image.dataobj)
+    shifted = AFFINE_123_MM.copy()
+    shifted[0, 3] += 7
+    image.header.set_qform(shifted, 1)
+    nib.save(nib.Nifti1Image(array, None, image.header), path)
+    assert nib.load(path).header["qform_code"] == 1
+    (said,) = warnings_of(case)
+    assert said == (
+        "its sform [-1 0 0 30; 0 -2 0 40; 0 0 3 50] and its qform [-1 0 0 37; 0 -2 0 40; 0 0 3 50] "
+        "are up to 7 mm apart; the sform is used"
+    )
+    assert (load_case(case).affine == AFFINE_123_MM).all()
+
+
+def test_shear_is_said_and_a_voxel_has_the_volume_of_the_determinant(tmp_path, write_nifti):
+    for name, array in (("flair", FLAIR), ("seg", SEG)):
+        path = write_nifti(tmp_path / "x" / f"x_{name}.nii.gz", array, SHEARED)
+        patch_header(path, 80, struct.pack("<fff", 2.0, 2.0, 2.5))
+    (case,) = find_cases(CaseSource(tmp_path))
+    (said,) = warnings_of(case)
+    assert "8 mm3 by the determinant, 10 by its edges; the determinant is used" in said
+    loaded = load_case(case)
+    assert loaded.warnings == (f"flair, mask: {said}",)
+    assert np.allclose(loaded.spacing_mm, (2, 2, 2), atol=1e-12)
+    reference = loaded.labels > 0
+    row = measure_case(reference, reference, loaded.spacing_mm)
+    assert row["reference_ml"] == pytest.approx(np.count_nonzero(SEG) * 8 / 1000, rel=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_voxel_has_the_volume_of_the_determinant_whatever_the_affine(seed):
+    affine = np.eye(4)
+    affine[:3, :3] = np.random.default_rng(seed).normal(size=(3, 3))
+    assert np.prod(measure_spacing(affine)) == pytest.approx(abs(np.linalg.det(affine[:3, :3])), rel=1e-5)
+
+
+@given(
+    st.tuples(*[st.floats(0.1, 10)] * 3),
+    st.sampled_from(list(itertools.permutations(range(3)))),
+    st.booleans(),
+)
+def test_without_shear_spacing_is_the_length_of_the_columns_to_the_bit(steps, order, oblique):
+    affine = np.eye(4)
+    affine[:3, :3] = ((TURN if oblique else np.eye(3)) @ np.diag(steps))[:, order].astype(np.float32)
+    assert measure_spacing(affine) == tuple(nib.affines.voxel_sizes(affine)[::-1])
+
+
+@pytest.mark.parametrize("turn", [np.eye(3), TURN])
+@pytest.mark.parametrize("codes", [(1, 1), (0, 2), (1, 0), (2, 4)])
+def test_sound_headers_are_not_warned_of(tmp_path, turn, codes):
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([-0.9375, -0.9375, 6.5])
+    affine[:3, 3] = 113.7, 92.1, -61.3
+    image = nib.Nifti1Image(np.zeros((240, 240, 24), np.int16), affine)
+    image.header.set_qform(affine, codes[0])
+    image.header.set_sform(affine, codes[1])
+    path = tmp_path / "x.nii.gz"
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), None, image.header), path)
+    assert find_geometry_conflicts(path) == []
+
+
+def test_a_mask_elsewhere_in_space_is_refused_with_both_affines(brats_case, write_nifti, input_error):
+    case = brats_case()
+    write_nifti(case.mask[0], SEG, LPS_1MM)
+    both = "[-1 0 0 0; 0 -1 0 0; 0 0 1 0] from [-1 0 0 30; 0 -2 0 40; 0 0 3 50]"
+    with input_error(case.mask[0], both):
+        load_case(case)
+
+
+def test_runs_say_what_a_header_contradicts_whether_decoded_or_cached(brats_case, tmp_path, caplog):
+    case = brats_case()
+    patch_header(case.modalities["flair"][0], 80, struct.pack("<fff", 1.0, 1.0, 1.0))
+    for _ in range(2):
+        caplog.clear()
+        prepare_cases([case], ("flair",), ("WT",), tmp_path / "cache")
+        (warning,) = [each.message for each in caplog.records if each.levelname == "WARNING"]
+        assert warning.startswith("x: flair: its pixdim has voxels of 1 x 1 x 1 mm (1 mm3), its sform")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Multi-page TIF
+# ------------------------------------------------------------------------------------------------------------
+
+
+def write_pages(path: Path, pages: Sequence[np.ndarray], **settings: Any) -> Path:
+    """Write a multi-page TIF as Pillow does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = map(Image.fromarray, pages)
+    first.save(path, save_all=True, append_images=others, **settings)
+    return path
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}, {"big_tiff": True}]
+)
+@pytest.mark.parametrize("name", ["pat1.tif", "pat1_1.tif", "pat1.TIFF"])
+def test_a_multi_page_tif_is_one_case_of_all_its_pages(tmp_path, name, settings):
+    write_pages(tmp_path / name, [grey(10 * z) for z in range(1, 13)], **settings)
+    mask = name.replace(".", "_mask.")
+    write_pages(tmp_path / mask, [grey(255 * (z == 10)) for z in range(1, 13)], **settings)
+    (case,) = find_cases(CaseSource(tmp_path))
+    loaded = load_case(case)
+    assert (case.case_id, case.layout) == (name.split(".")[0], "slices")
+    assert loaded.volume[0, :, 0, 0].tolist() == [10 * z for z in range(1, 13)]
+    assert loaded.labels[:, 0, 0].tolist() == [0] * 9 + [1, 0, 0]
+
+
+def test_several_multi_page_tifs_of_a_folder_are_a_case_each(tmp_path):
+    for number, depth in ((1, 3), (2, 5)):
+        write_pages(tmp_path / f"pat_{number}.tif", [grey(z) for z in range(depth)])
+    cases = find_cases(CaseSource(tmp_path))
+    assert [(case.case_id, len(load_case(case).volume[0])) for case in cases] == [("pat_1", 3), ("pat_2", 5)]
+
+
+def test_multi_page_tifs_of_sixteen_bits_keep_their_values(tmp_path):
+    write_pages(tmp_path / "c.tif", [grey(40000, np.uint16), grey(257, np.uint16)])
+    (case,) = find_cases(CaseSource(tmp_path))
+    assert load_case(case).volume[0, :, 0, 0].tolist() == [40000, 257]
+
+
+@pytest.mark.parametrize(("pages", "said"), [(5, "5 pages"), (7, "7 pages"), (1, "1 page,")])
+def test_a_mask_of_another_number_of_pages_is_named(tmp_path, input_error, pages, said):
+    write_pages(tmp_path / "c.tif", [grey(z) for z in range(6)])
+    mask = write_pages(tmp_path / "c_mask.tif", [grey(0)] * pages)
+    (case,) = find_cases(CaseSource(tmp_path))
+    with input_error(mask, said, "c.tif 6"):
+        load_case(case)
+    errors = [problem for problem in check_case(case) if problem.severity == "error"]
+    assert [problem.file for problem in errors] == [str(mask)]
+
+
+def test_a_mask_of_pages_for_one_picture_is_named(tmp_path, input_error, write_slices):
+    write_slices(tmp_path, "c", {1: grey(1)}, suffix=".tif")
+    mask = write_pages(tmp_path / "c_1_mask.tif", [grey(0)] * 3)
+    with input_error(mask, "3 pages", "c_1.tif 1"):
+        load_case(find_cases(CaseSource(tmp_path))[0])
+
+
+def test_pages_among_single_slices_are_an_error_that_names_the_file(tmp_path, input_error, write_slices):
+    write_slices(tmp_path, "c", {1: grey(1), 2: grey(2)}, suffix=".tif")
+    path = write_pages(tmp_path / "c_3.tif", [grey(3), grey(4)])
+    (case,) = find_cases(CaseSource(tmp_path))
+    with input_error(path, "2 pages"):
+        load_case(case)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_cut_off_multi_page_tif_is_named_and_loses_no_page_in_silence(tmp_path, input_error, share):
+    rng = np.random.default_rng(0)
+    path = write_pages(tmp_path / "c.tif", [rng.integers(0, 255, (40, 40), np.uint8) for _ in range(6)])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    (case,) = find_cases(CaseSource(tmp_path))
+    with input_error(path, "of its", "pages are readable"):
+        load_case(case)
+
+
+def test_the_prediction_for_a_multi_page_tif_has_its_pages(tmp_path):
+    write_pages(tmp_path / "in" / "c_1.tif", [grey(z) for z in range(5)])
+    (case,) = find_cases(CaseSource(tmp_path / "in"))
+    labels = np.zeros((5, 4, 6), np.uint8)
+    labels[3, 1:3, 2:5] = 2
+    path = save_labels(labels, case, tmp_path / "out")
+    assert path == tmp_path / "out" / "c_1_mask.tif"
+    picture = Image.open(path)
+    assert picture.n_frames == 5
+    pages = []
+    for number in range(5):
+        picture.seek(number)
+        pages.append(np.asarray(picture).copy())
+    assert (np.stack(pages) == 255 * (labels > 0)).all()
+    assert pages[0].dtype == np.uint8
+    shutil.copy(path, tmp_path / "in")
+    assert (load_case(find_cases(CaseSource(tmp_path / "in"))[0]).labels == (labels > 0)).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Finding cases, slice folders
 # ------------------------------------------------------------------------------------------------------------
 
@@ -213,6 +437,74 @@ def test_the_chosen_channel_of_rgb_slices_is_read(tmp_path, write_slices, suffix
     ]
     assert values == [11, 22, 33]
     assert load_case(find_cases(CaseSource(tmp_path))[0]).volume.max() == 22
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_rgb_slices_are_t1_flair_and_t1ce_in_the_order_asked_for(tmp_path, write_slices, suffix):
+    rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
+    write_slices(tmp_path, "c", {1: rgb, 2: rgb + 1}, suffix=suffix)
+    (case,) = find_cases(CaseSource(tmp_path), ("t1ce", "flair", "t1"))
+    assert set(case.modalities) == {"t1", "flair", "t1ce"}
+    assert load_case(case, ("t1ce", "flair", "t1")).volume[..., 0, 0].tolist() == [
+        [33, 34],
+        [22, 23],
+        [11, 12],
+    ]
+    assert load_case(case).volume[..., 0, 0].tolist() == [[22, 23]]
+
+
+def test_rgb_pages_are_t1_flair_and_t1ce(tmp_path):
+    rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
+    write_pages(tmp_path / "c.tif", [rgb, rgb + 1])
+    (case,) = find_cases(CaseSource(tmp_path), ("t1", "flair", "t1ce"))
+    assert load_case(case, ("t1", "flair", "t1ce")).volume[..., 0, 0].tolist() == [
+        [11, 12],
+        [22, 23],
+        [33, 34],
+    ]
+
+
+def test_grey_slices_and_rgb_ones_of_another_order_offer_flair_alone(tmp_path, write_slices, input_error):
+    write_slices(tmp_path / "grey", "c", {1: grey(1)})
+    rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
+    write_slices(tmp_path / "rgb", "c", {1: rgb})
+    assert list(find_cases(CaseSource(tmp_path / "grey"))[0].modalities) == ["flair"]
+    for channel in (0, 2):  # T1 or T1ce would be FLAIR
+        source = CaseSource(tmp_path / "rgb", slice_channel=channel)
+        assert list(find_cases(source)[0].modalities) == ["flair"]
+        with input_error(tmp_path / "rgb", "no t1", "--slice-channel"):
+            find_cases(source, ("t1", "flair"))
+    with input_error(tmp_path / "grey", "no t1ce", "grey slices are FLAIR"):
+        find_cases(CaseSource(tmp_path / "grey"), ("flair", "t1ce"))
+
+
+def test_a_grey_slice_among_rgb_ones_is_no_t1(tmp_path, write_slices, input_error):
+    rgb = np.stack([grey(11), grey(22), grey(33)], axis=-1)
+    write_slices(tmp_path, "c", {1: rgb, 2: grey(5)})
+    (case,) = find_cases(CaseSource(tmp_path))
+    assert load_case(case).volume[0, :, 0, 0].tolist() == [22, 5]
+    with input_error("c_2.png", "is grey"):
+        load_case(case, ("flair", "t1"))
+
+
+def test_a_channel_that_is_a_copy_of_another_is_reported_and_training_warns(tmp_path, write_slices, caplog):
+    flair, t1ce = np.random.default_rng(0).integers(1, 250, (2, 40, 40)).astype(np.uint8)
+    mask = {1: np.full((40, 40), 255, np.uint8)}
+    for case_id, t1 in (("copied", flair), ("sound", 255 - flair)):
+        write_slices(tmp_path / "in", case_id, {1: np.stack([t1, flair, t1ce], axis=-1)}, mask)
+    cases, problems = check_cohort(CaseSource(tmp_path / "in"), ("flair",))
+    copied = "its t1 is a copy of its flair, voxel for voxel"
+    assert [(found.case, found.severity, found.problem) for found in problems] == [
+        ("copied", "warning", copied)
+    ]
+    names = ("flair", "t1", "t1ce")
+    assert load_case(cases[0], names).warnings == (copied,)
+    for _ in range(2):  # decoded, then found in the cache
+        caplog.clear()
+        prepare_cases(cases, names, ("WT",), tmp_path / "cache")
+        assert [each.message for each in caplog.records if each.levelname == "WARNING"] == [
+            f"copied: {copied}"
+        ]
 
 
 def test_alpha_is_no_channel_to_choose(tmp_path, write_slices, input_error):

@@ -62,6 +62,18 @@ def test_rgb_tif_and_grey_png_of_one_case_are_the_same_flair():
         assert (load_case(case).volume[0, 9] == colours[..., channel]).all()
 
 
+def test_rgb_slices_hold_three_sequences_and_the_grey_flair():
+    names = ("t1", "flair", "t1ce")
+    cases = find_cases(CaseSource(ROOT / "lgg_rgb"), names)
+    assert len(cases) == 20
+    for case in cases:
+        loaded = load_case(case, names)
+        (grey,) = find_cases(CaseSource(ROOT / "lgg" / case.case_id))
+        assert list(grey.modalities) == ["flair"]
+        assert (loaded.volume[1] == load_case(grey).volume[0]).all()
+        assert loaded.warnings == ()
+
+
 def test_brats21_cases_load_in_their_true_layout():
     cases = find_cases(CaseSource(ROOT / "brats21"), MODALITIES)
     assert [case.case_id for case in cases] == ["BraTS2021_00000", "BraTS2021_00003", "BraTS2021_00495"]
