@@ -18,6 +18,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 
 from cohort.labels import LABEL_CONVENTIONS, NO_REGION, round_labels
+from cohort.preprocess import fill_air
 from runtime.command import Distinct
 from runtime.errors import InputError
 from runtime.files import write_atomically
@@ -252,8 +253,11 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
         check_affine(path, own_affine, affine)
         if volumes and array.shape != volumes[0].shape:
             raise InputError(path, f"has shape {array.shape}, the case's {modalities[0]} {volumes[0].shape}")
+        array = fill_air(array)
         if not np.isfinite(array).all():
-            raise InputError(path, "holds NaN or infinite values", "repair it or leave the case out")
+            raise InputError(
+                path, "holds NaN or infinite values in the head", "repair it or leave the case out"
+            )
         volumes.append(array.astype(np.float32))
     labels = None
     if case.mask:

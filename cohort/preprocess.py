@@ -9,11 +9,20 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from scipy import ndimage
 
 Z_RANGE = (-4.0, 8.0)  # normalised intensities are clipped to it; augmentation maps it to 0..1
 QUARTILE_DISTANCE = 1.349  # between the quartiles of a normal distribution, in SD
 RESIZE_ABOVE = 1.25  # slices up to a quarter larger than the network's input are cropped, larger ones resized
 BRAIN_SLICE_VOXELS = 64  # a slice with fewer brain voxels counts as empty
+FOREGROUND_STEP = 0.1  # of the way from air to the brightest: what is nearer to air counts as air
+BELOW_AIR_SHARE = (
+    0.05  # of the voxels unlike air; where more are darker than air, air is no longer the darkest
+)
+AIR_BORDER_SHARE = 0.1  # of the slices' borders; a value that holds less is not known to be air
+AIR_TOLERANCE = 1e-3  # of the range: what is as good as equal to air, where
+AIR_TRACES_SHARE = 0.01  # of the border or more is so without being equal
+HOLE_VOXELS = 8  # smaller groups at the value of air are tissue, in integers; smaller groups of NaN no air
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -21,20 +30,110 @@ BRAIN_SLICE_VOXELS = 64  # a slice with fewer brain voxels counts as empty
 # ------------------------------------------------------------------------------------------------------------
 
 
+def border_of(array: np.ndarray) -> np.ndarray:
+    """Return the voxels on the borders of the slices of a volume (D, H, W), flat."""
+    return np.concatenate([array[:, (0, -1), :].ravel(), array[:, :, (0, -1)].ravel()])
+
+
+def commonest_on_border(intensities: np.ndarray) -> tuple[float, float]:
+    """Return (commonest finite value on the slices' borders, its share of the finite ones there)."""
+    border = border_of(intensities)
+    values, counts = np.unique(border[np.isfinite(border)], return_counts=True)
+    if counts.size == 0:
+        return float("nan"), 0.0
+    return values[counts.argmax()], counts.max() / counts.sum()
+
+
+def fill_air(intensities: np.ndarray) -> np.ndarray:
+    """Return a volume (D, H, W) whose NaN and infinite voxels outside of the head became background.
+
+    Outside is what reaches the border of a slice through such voxels, at least 8 of them. They get the commonest value of the
+    border where that is half of what is finite there, and the volume's smallest elsewhere. Other such voxels
+    stay. A finite volume comes back as it is.
+    """
+    finite = np.isfinite(intensities)
+    if finite.all() or not finite.any():
+        return intensities
+    parts, _ = ndimage.label(~finite)
+    is_outside = np.zeros(parts.max() + 1, bool)
+    is_outside[border_of(parts)] = True
+    is_outside &= np.bincount(parts.ravel()) >= HOLE_VOXELS  # a single one is no air
+    is_outside[0] = False
+    outside = is_outside[parts]
+    value, share = commonest_on_border(intensities)
+    return np.where(outside, value if share >= 0.5 else intensities[finite].min(), intensities)
+
+
+def compare_with_air(intensities: np.ndarray) -> tuple[float, float, float]:
+    """Return (value of air, value air must have to be the darkest, share of the tissue that is darker).
+
+    Air is the commonest value on the slices' borders, tissue what differs from it by a tenth of the range or
+    more: the noise of air is on both sides of its commonest value. The second is the volume's minimum, or one
+    range below the range where an outlier is lower. Range is from the 0.5th to the 99.5th percentile of what
+    is unlike air. The share is 0 where few voxels are below air, whatever the distance, and where too little of the border is air.
+    """
+    air, border_share = commonest_on_border(intensities)
+    if border_share < AIR_BORDER_SHARE:
+        return air, air, 0.0
+    below, above = np.count_nonzero(intensities < air), np.count_nonzero(intensities > air)
+    if below <= BELOW_AIR_SHARE * (below + above):
+        return air, air, 0.0
+    low, high = np.percentile(intensities[intensities != air], [0.5, 99.5])
+    step = FOREGROUND_STEP * (max(high, air) - min(low, air))
+    darker = np.count_nonzero(intensities < air - step)
+    brighter = np.count_nonzero(intensities > air + step)
+    if darker <= BELOW_AIR_SHARE * (below + above):
+        return air, air, 0.0
+    return air, max(intensities.min(), low - (high - low)), darker / (darker + brighter)
+
+
+def level_air(intensities: np.ndarray) -> np.ndarray:
+    """Return a volume (D, H, W) with air as its darkest value.
+
+    Files whose brain was z-scored with air left at 0 have half of the brain below air; there, air is set to
+    the minimum. All others come back as they are: raw ones, any increasing affine change of them, and those
+    where air is the brightest (`find_doubts`).
+    """
+    air, darkest, share = compare_with_air(intensities)
+    if not 0 < share < 1 - BELOW_AIR_SHARE:
+        return intensities
+    distance = np.abs(intensities - air)
+    near = distance <= AIR_TOLERANCE * np.percentile(distance[distance > 0], 99.5)
+    # resampling leaves traces all over air; elsewhere what is merely near its value is tissue
+    is_traced = np.mean(border_of(near) & (border_of(distance) > 0)) > AIR_TRACES_SHARE
+    parts, _ = ndimage.label(near if is_traced else distance == 0)
+    is_air = np.zeros(parts.max() + 1, bool)
+    is_air[border_of(parts)] = True
+    are_integers = (intensities == np.rint(intensities)).all()
+    if are_integers:
+        is_air |= np.bincount(parts.ravel()) >= HOLE_VOXELS
+    is_air[0] = False
+    air_voxels = is_air[parts] if are_integers else is_air[parts] | (distance == 0)
+    return np.where(air_voxels, intensities.dtype.type(darkest), intensities)
+
+
+def find_doubts(intensities: np.ndarray) -> list[str]:
+    """Return what is odd about the intensities of a modality (D, H, W): blank, or inverted contrast."""
+    if intensities.size == 0 or intensities.min() == intensities.max():
+        return [f"is blank, {intensities.flat[0]:g} everywhere" if intensities.size else "is empty"]
+    if compare_with_air(intensities)[2] >= 1 - BELOW_AIR_SHARE:
+        return ["is brightest in air: its grey values are inverted, and no tumour will be found"]
+    return []
+
+
 def brain_mask(intensities: np.ndarray) -> np.ndarray:
     """Return the bool foreground (D, H, W) of one modality: the brain, or the head where it has its skull.
 
-    Background is the commonest value on the slices' borders. Foreground is what lies above it by a tenth of
-    the way to the 99.5th percentile of the brighter voxels, which leaves out the noise of air. All False for
-    a constant volume.
+    Background is the commonest value on the slices' borders, after `level_air`. Foreground is what lies above
+    it by a tenth of the way to the 99.5th percentile of the brighter voxels, which leaves out the noise of
+    air. All False for a constant volume.
     """
-    border = np.concatenate([intensities[:, (0, -1), :].ravel(), intensities[:, :, (0, -1)].ravel()])
-    values, counts = np.unique(border, return_counts=True)
-    background = values[counts.argmax()]
+    intensities = level_air(intensities)
+    background, _ = commonest_on_border(intensities)
     brighter = intensities[intensities > background]
     if brighter.size == 0:
         return np.zeros(intensities.shape, bool)
-    return intensities > background + 0.1 * (np.percentile(brighter, 99.5) - background)
+    return intensities > background + FOREGROUND_STEP * (np.percentile(brighter, 99.5) - background)
 
 
 def normalise_volume(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +146,7 @@ def normalise_volume(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     are the same with and without it. A constant modality becomes 0.
     """
     scores = np.zeros_like(volume, dtype=np.float32)
+    volume = [level_air(intensities) for intensities in volume]
     masks = [brain_mask(intensities) for intensities in volume]
     for channel, (intensities, mask) in enumerate(zip(volume, masks, strict=True)):
         if not mask.any():

@@ -9,8 +9,11 @@ from scipy import ndimage
 from cohort.preprocess import (
     Z_RANGE,
     brain_mask,
+    fill_air,
+    find_doubts,
     fit_slices,
     gather_slab,
+    level_air,
     normalise_volume,
     place_slices,
     unfit_slices,
@@ -165,6 +168,100 @@ def test_each_modality_is_normalised_by_itself_and_the_brain_is_that_of_the_firs
     assert (brain == head).all()
     assert (scores[0] == normalise_one(first)).all()
     assert (scores[1] == normalise_one(second)).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Air that is not the darkest
+# ------------------------------------------------------------------------------------------------------------
+
+
+def z_score(intensities: np.ndarray, brain: np.ndarray, air: float = 0.0) -> np.ndarray:
+    """Return z-scores over the brain with another value in air, as other tools write them."""
+    inside = intensities[brain]
+    return np.where(brain, (intensities - inside.mean()) / inside.std(), air).astype(np.float32)
+
+
+def make_deep_head() -> tuple[np.ndarray, np.ndarray]:
+    """Return (intensities, brain) of a head whose darkest tissue is little above air."""
+    return make_head(low=1, high=1000)
+
+
+DISGUISES = {
+    "z over the brain": lambda raw, brain: z_score(raw, brain),
+    "z over the brain, median at 0.8": lambda raw, brain: z_score(raw, brain) + np.float32(0.8) * brain,
+    "z of the whole": lambda raw, _: (raw - raw.mean()) / raw.std(),
+    "-1 to 1": lambda raw, _: 2 * raw / raw.max() - 1,
+    "air below the brain": lambda raw, brain: z_score(raw, brain, z_score(raw, brain).min() - 0.01),
+    "NaN in air": lambda raw, brain: fill_air(np.where(brain, raw, np.nan)),
+    "z, infinite in air": lambda raw, brain: fill_air(z_score(raw, brain, np.inf)),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_normalisation_done_before_changes_no_score(disguise):
+    raw, brain = make_deep_head()
+    changed = DISGUISES[disguise](raw, brain).astype(np.float32)
+    scores, mask = normalise_volume(changed[None])
+    expected, expected_mask = normalise_volume(raw[None])
+    assert (mask ^ expected_mask).sum() <= 0.005 * brain.sum()  # what lies at the edge of 10 %
+    np.testing.assert_allclose(scores, expected, atol=0.02)
+    assert find_doubts(changed) == []
+
+
+def test_tissue_that_happens_to_have_the_value_of_air_stays():
+    # z-scores stored as bytes: every 60th voxel of the brain has the byte of air.
+    raw, brain = make_deep_head()
+    stored = np.where(brain, np.rint(z_score(raw, brain) * 20 + 128), 128).astype(np.float32)
+    assert (stored[brain] == 128).sum() > 20
+    # one byte is 0.05 of an SD, half of that either way, and quartiles are rounded alike
+    inner = ndimage.binary_erosion(brain)  # of the voxels beside air some are lost to it
+    assert np.abs(normalise_one(stored) - normalise_one(raw))[inner].max() < 0.1
+
+
+def test_traces_of_resampling_in_air_are_air():
+    raw, brain = make_deep_head()
+    traces = np.random.default_rng(2).choice([0, 0, 1e-4, -1e-4], raw.shape)
+    stored = np.where(brain, z_score(raw, brain), traces).astype(np.float32)
+    unlike = np.abs(normalise_one(stored) - normalise_one(raw)) > 0.02
+    assert not unlike[~brain].any()
+    assert unlike.sum() <= 0.005 * brain.sum()  # tissue beside air that is as good as equal to it
+
+
+@pytest.mark.parametrize("kind", ["stripped", "with noise in air", "at 32767 in spots", "negative in spots"])
+def test_raw_intensities_are_taken_as_they_are(kind):
+    raw, brain = make_head()
+    generator = np.random.default_rng(1)
+    if kind == "with noise in air":  # Rayleigh: 4 voxels of 10 are below the commonest value
+        raw = np.where(brain, raw, np.rint(generator.rayleigh(12, raw.shape))).astype(np.float32)
+    elif kind != "stripped":
+        raw[0, 0, :4] = 32767 if "32767" in kind else -300
+    assert level_air(raw) is raw
+    assert find_doubts(raw) == []
+
+
+def test_nan_in_the_head_is_left_and_nan_around_it_is_background():
+    raw, brain = make_head()
+    volume = np.where(brain, raw, np.nan).astype(np.float32)
+    assert np.isfinite(fill_air(volume)).all()
+    assert (brain_mask(fill_air(volume)) == brain_mask(np.where(brain, raw, raw[brain].min()))).all()
+    volume[4, 20, 20] = np.nan
+    assert np.argwhere(~np.isfinite(fill_air(volume))).tolist() == [[4, 20, 20]]
+    assert not np.isfinite(fill_air(np.full((2, 4, 4), np.nan))).any()
+
+
+def test_nan_beside_air_takes_the_value_of_that_air():
+    raw, brain = make_head()
+    volume = raw + np.float32(7)
+    volume[:, :, :2] = np.nan  # two columns of air beyond the field of view
+    assert (fill_air(volume) == raw + 7).all()
+
+
+def test_blank_and_inverted_volumes_are_doubted():
+    raw, _ = make_head()
+    assert find_doubts(np.zeros((2, 4, 4), np.float32)) == ["is blank, 0 everywhere"]
+    (doubt,) = find_doubts(raw.max() - raw)
+    assert "inverted" in doubt
+    assert not brain_mask(raw.max() - raw).any()
 
 
 # ------------------------------------------------------------------------------------------------------------
