@@ -251,7 +251,7 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
     masks: dict[str, np.ndarray] = {}
     started = time.perf_counter()
     volume = case.volume
-    views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size)
+    views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size, case.frame)
     seconds = time.perf_counter() - started
     reference = case.reference
     brain = case.brain if cohort == "validation" else None

@@ -36,6 +36,10 @@ from cohort.layouts import (
 )
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
+    Frame,
+    Placement,
+    find_doubts,
+    find_head_box,
     fit_slices,
     gather_slab,
     normalise_volume,
@@ -64,6 +68,7 @@ from runtime.threads import read_ahead, write_behind
 
 # Test-time augmentation: the axes of (..., H, W) each view flips. A flip is its own inverse.
 VIEWS: dict[str, tuple[int, ...]] = {"identity": (), "horizontal": (-1,), "vertical": (-2,)}
+UNKNOWN_FRAME = Frame()
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,10 @@ class TrainedModel:
     dtype: torch.dtype | None  # of autocast; None is float32
     checkpoint: dict[str, Any]  # as read, weights included
 
+    def place(self, shape: Sequence[int], frame: Frame) -> Placement:
+        """Return how slices of (H, W) of a case lie in the network's input."""
+        return place_slices(*shape, self.size, frame.head)
+
 
 def load_model(path: str | Path, device: torch.device, amp: bool = True) -> TrainedModel:
     """Read a checkpoint or an ONNX file into a network on `device`, ready to predict (`prepare_network`).
@@ -164,17 +173,19 @@ def predict_volume(
     brain_voxels: Sequence[int] | None = None,
     tta: bool = True,
     batch_size: int = 16,
+    frame: Frame = UNKNOWN_FRAME,
 ) -> np.ndarray:
     """Return probabilities (R, D, H, W) float32 of a normalised volume (C, D, H, W), on its own grid.
 
     Slices with fewer than 64 of `brain_voxels` (D,) are not run and get probability 0; None runs all. With
     `tta` the result is the mean over identity, horizontal and vertical flip. `batch_size` is the largest
-    number of slabs per forward pass; each view of a slice is a slab.
+    number of slabs per forward pass; each view of a slice is a slab. `frame` says where the head is; without
+    it slices a little larger than the network's input are cropped around their middle.
     """
     views = tuple(VIEWS) if tta else ("identity",)
-    placement = place_slices(*volume.shape[2:], model.size)
+    placement = model.place(volume.shape[2:], frame)
     probabilities = np.zeros((len(model.regions), *volume.shape[1:]), np.float32)
-    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size):
+    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
         mean = output.mean(0).cpu().numpy()  # taken before anything leaves the device
         probabilities[:, slices] = unfit_slices(mean, placement).transpose(1, 0, 2, 3)
     return probabilities
@@ -187,14 +198,15 @@ def predict_views(
     brain_voxels: Sequence[int] | None = None,
     views: Sequence[str] = tuple(VIEWS),
     batch_size: int = 16,
+    frame: Frame = UNKNOWN_FRAME,
 ) -> np.ndarray:
     """Return the probabilities of each view (V, R, D, H, W) float32; see `predict_volume`.
 
     Every view is flipped back, so views are comparable voxel by voxel.
     """
-    placement = place_slices(*volume.shape[2:], model.size)
+    placement = model.place(volume.shape[2:], frame)
     probabilities = np.zeros((len(views), len(model.regions), *volume.shape[1:]), np.float32)
-    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size):
+    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
         for view, of_view in zip(probabilities, output.cpu().numpy(), strict=True):
             view[:, slices] = unfit_slices(of_view, placement).transpose(1, 0, 2, 3)
     return probabilities
@@ -206,6 +218,7 @@ def _predict_slices(
     brain_voxels: Sequence[int] | None,
     views: Sequence[str],
     batch_size: int,
+    placement: Placement,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield slice numbers and their probabilities (V, n, R, size, size) float32, on the model's device.
 
@@ -214,7 +227,6 @@ def _predict_slices(
     but a briefly trained network's Dice on three phantoms fell from 0.77, 0.70, 0.86 to 0.46, 0.40, 0.70.
     """
     depth = volume.shape[1]
-    placement = place_slices(*volume.shape[2:], model.size)
     with_brain = [z for z in range(depth) if brain_voxels is None or brain_voxels[z] >= BRAIN_SLICE_VOXELS]
     at_once = max(1, batch_size // len(views))
     for start in range(0, len(with_brain), at_once):
@@ -274,13 +286,22 @@ class ReadCase(NamedTuple):
     brain_voxels: np.ndarray  # (D,)
     intensities: np.ndarray  # (D, H, W) of the first modality, as in the file
     spacing_mm: tuple[float, float, float]
+    frame: Frame
+    doubts: tuple[str, ...]  # what is odd about the intensities, one sentence each
 
 
 def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
     """Read and normalise one case; of the raw intensities only those of the first modality stay."""
     loaded = load_case(case, modalities)
     volume, brain = normalise_volume(loaded.volume)
-    return ReadCase(case, volume, brain.sum((1, 2)), loaded.volume[0].copy(), loaded.spacing_mm)
+    frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
+    doubts = [
+        f"{name} {doubt}"
+        for name, intensities in zip(modalities, loaded.volume, strict=True)
+        for doubt in find_doubts(intensities)
+    ]
+    first = loaded.volume[0].copy()
+    return ReadCase(case, volume, brain.sum((1, 2)), first, loaded.spacing_mm, frame, tuple(doubts))
 
 
 def write_case(
@@ -308,8 +329,10 @@ def segment_cases(
 
     def compute() -> Iterator[Callable[[], list[dict[str, Any]]]]:
         for read in read_ahead(cases, lambda case: read_case(case, model.modalities)):
+            for doubt in read.doubts:
+                log.warning("%s: %s", read.case.case_id, doubt)
             probabilities = predict_volume(
-                model, read.volume, read.brain_voxels, config.tta, config.batch_size
+                model, read.volume, read.brain_voxels, config.tta, config.batch_size, read.frame
             )
             masks = threshold_regions(probabilities, thresholds, model.regions)
             if config.postprocess:

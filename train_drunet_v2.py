@@ -321,7 +321,7 @@ def validate(
     dice = np.zeros((len(mine), len(trained.regions), len(THRESHOLDS)))
     for index, case in enumerate(progress(mine, "validating", "case")):
         probabilities = inference.predict_volume(
-            trained, case.volume, case.brain_voxels, tta=False, batch_size=batch_size
+            trained, case.volume, case.brain_voxels, tta=False, batch_size=batch_size, frame=case.frame
         )
         for region, (probability, reference) in enumerate(zip(probabilities, case.reference, strict=True)):
             counts = overlap_at_thresholds(probability, reference, THRESHOLDS)
@@ -420,7 +420,12 @@ def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
     cropped = []
     for case in progress(cases, "choosing post-processing", "case"):
         probabilities = inference.predict_volume(
-            best, case.volume, case.brain_voxels, tta=False, batch_size=run.config.batch_size
+            best,
+            case.volume,
+            case.brain_voxels,
+            tta=False,
+            batch_size=run.config.batch_size,
+            frame=case.frame,
         )
         region_masks = masks.threshold_regions(probabilities, best.thresholds, best.regions)
         cropped.append(masks.crop_case(region_masks, case.reference, case.spacing_mm))

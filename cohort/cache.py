@@ -24,7 +24,7 @@ import torch
 from cohort.cases import Case, load_case
 from cohort.fingerprints import FINGERPRINT_VERSION, fingerprint, fingerprint_modality
 from cohort.labels import regions_from_labels
-from cohort.preprocess import normalise_volume, slab_slices
+from cohort.preprocess import Frame, find_doubts, find_head_box, normalise_volume, slab_slices
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_atomically, write_json
 from runtime.log import log, progress
@@ -32,7 +32,7 @@ from runtime.processes import map_in_processes
 from runtime.ranks import wait_for_all
 from utils_v2 import bounding_box
 
-CACHE_VERSION = 5  # raise when normalisation or the layout of entries changes: older entries are never read
+CACHE_VERSION = 6  # raise when normalisation or the layout of entries changes: older entries are never read
 CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Decoded volumes of DRUnet V2; safe to delete.\n"
 FOLDERS = ("entries", "stamps", "runs", "fingerprints")  # the last two only in caches of older versions
 # What names a case and says nothing of its pixels: a renamed copy shares the entry.
@@ -63,6 +63,14 @@ class PreparedCase:
     box: Box  # the part of it that is stored
     reference_box: Box  # around all regions; of one voxel where there is no tumour
     background: tuple[float, ...]  # value of each modality outside the box
+    head_box: tuple[tuple[int, int], tuple[int, int]] | None = None  # see `find_head_box`
+    spacing_known: bool = True  # PNG and TIF slices carry none
+    doubts: tuple[str, ...] = ()  # what is odd about the intensities, one sentence each
+
+    @property
+    def frame(self) -> Frame:
+        """What of the case decides how its slices lie in the network's input."""
+        return Frame(self.head_box, self.spacing_mm if self.spacing_known else None)
 
     @property
     def volume(self) -> np.ndarray:
@@ -164,10 +172,12 @@ def write_entry(
     masks: np.ndarray,
     spacing_mm: Sequence[float],
     content: Mapping[str, str],
+    notes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write an entry under a temporary name, move it into place whole, and return its facts.
 
-    `volume` (C, D, H, W) float16; `masks` (1 + R, D, H, W) bool, the brain first; `content` the fingerprint.
+    `volume` (C, D, H, W) float16; `masks` (1 + R, D, H, W) bool, the brain first; `content` the fingerprint;
+    `notes` the case's `spacing_known` and `doubts`.
     """
     box = find_box(volume, masks)
     inside = (slice(None), *_slices(box))
@@ -187,6 +197,8 @@ def write_entry(
             "box": box,
             "reference_box": box_around(masks[1:].any(0)),
             "background": volume[:, 0, 0, 0].tolist(),
+            "head_box": find_head_box(masks[0]),
+            **(notes or {}),
             "bytes": {name: (temporary / name).stat().st_size for name in arrays},
         }
         write_json(temporary / "facts.json", facts)
@@ -296,7 +308,11 @@ def prepare_cases(
     facts.update(zip((folder for folder, _ in missing), built, strict=True))
     size = sum(sum(entry["bytes"].values()) for entry in facts.values())
     log.info("cache: %d cases, %.3g GB in %s, %d made now", len(facts), size / 1e9, cache_dir, len(missing))
-    return [open_entry(case, folder, facts[folder]) for case, folder in zip(cases, folders, strict=True)]
+    prepared = [open_entry(case, folder, facts[folder]) for case, folder in zip(cases, folders, strict=True)]
+    for case in prepared:
+        for doubt in case.doubts:
+            log.warning("%s: %s", case.case_id, doubt)
+    return prepared
 
 
 def prepare_for_all_ranks(
@@ -322,7 +338,13 @@ def build_entry(
         masks = np.concatenate([masks, regions_from_labels(loaded.labels, case.convention, regions)])
     first = loaded.volume[modalities.index(fingerprint_modality(modalities))]
     content = fingerprint(first, loaded.labels)
-    return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content)
+    doubts = [
+        f"{name} {doubt}"
+        for name, intensities in zip(modalities, loaded.volume, strict=True)
+        for doubt in find_doubts(intensities)
+    ]
+    notes = {"spacing_known": case.layout != "slices", "doubts": doubts}
+    return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content, notes)
 
 
 def open_cache(cache_dir: Path) -> None:

@@ -5,7 +5,7 @@ Training, validation, audit and prediction all reach pixels through `normalise_v
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,6 +14,7 @@ from scipy import ndimage
 Z_RANGE = (-4.0, 8.0)  # normalised intensities are clipped to it; augmentation maps it to 0..1
 QUARTILE_DISTANCE = 1.349  # between the quartiles of a normal distribution, in SD
 RESIZE_ABOVE = 1.25  # slices up to a quarter larger than the network's input are cropped, larger ones resized
+HEAD_SPECK_SHARE = 0.01  # of the head's shadow; smaller specks beside it are none of it
 BRAIN_SLICE_VOXELS = 64  # a slice with fewer brain voxels counts as empty
 FOREGROUND_STEP = 0.1  # of the way from air to the brightest: what is nearer to air counts as air
 BELOW_AIR_SHARE = (
@@ -47,9 +48,9 @@ def commonest_on_border(intensities: np.ndarray) -> tuple[float, float]:
 def fill_air(intensities: np.ndarray) -> np.ndarray:
     """Return a volume (D, H, W) whose NaN and infinite voxels outside of the head became background.
 
-    Outside is what reaches the border of a slice through such voxels, at least 8 of them. They get the commonest value of the
-    border where that is half of what is finite there, and the volume's smallest elsewhere. Other such voxels
-    stay. A finite volume comes back as it is.
+    Outside is what reaches the border of a slice through such voxels, at least 8 of them. They get the
+    commonest value of the border where that is half of what is finite there, and the volume's smallest
+    elsewhere. Other such voxels stay. A finite volume comes back as it is.
     """
     finite = np.isfinite(intensities)
     if finite.all() or not finite.any():
@@ -70,7 +71,8 @@ def compare_with_air(intensities: np.ndarray) -> tuple[float, float, float]:
     Air is the commonest value on the slices' borders, tissue what differs from it by a tenth of the range or
     more: the noise of air is on both sides of its commonest value. The second is the volume's minimum, or one
     range below the range where an outlier is lower. Range is from the 0.5th to the 99.5th percentile of what
-    is unlike air. The share is 0 where few voxels are below air, whatever the distance, and where too little of the border is air.
+    is unlike air. The share is 0 where few voxels are below air, whatever the distance, and where too little
+    of the border is air.
     """
     air, border_share = commonest_on_border(intensities)
     if border_share < AIR_BORDER_SHARE:
@@ -158,6 +160,31 @@ def normalise_volume(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scores, masks[0]
 
 
+Span = tuple[int, int]  # (first, last + 1) along an axis
+
+
+class Frame(NamedTuple):
+    """What of a case decides how its slices lie in the network's input, one frame for all of its slices."""
+
+    head: tuple[Span, Span] | None = None  # rows and columns of the head; None where there is none
+    spacing_mm: tuple[float, float, float] | None = None  # (D, H, W); None where it is unknown
+
+
+def find_head_box(brain: np.ndarray) -> tuple[Span, Span] | None:
+    """Return the rows and columns (first, last + 1) of the head in all slices of a `brain_mask` (D, H, W).
+
+    Specks beside the head, smaller than a hundredth of its shadow, do not widen it. None where the mask is
+    empty.
+    """
+    parts, count = ndimage.label(brain.any(0), np.ones((3, 3)))
+    if count == 0:
+        return None
+    pixels = np.bincount(parts.ravel())[1:]
+    is_head = np.concatenate([[False], pixels >= HEAD_SPECK_SHARE * pixels.max()])
+    rows, columns = (np.flatnonzero(is_head[parts].any(axis)) for axis in (1, 0))
+    return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
+
+
 @dataclass(frozen=True)
 class Placement:
     """How native slices lie in the network's input: resized to `inner`, then padded or cropped to `size`."""
@@ -165,34 +192,54 @@ class Placement:
     native: tuple[int, int]  # (H, W) on the native grid
     inner: tuple[int, int]  # (H, W) after resizing; equal to native where nothing was resized
     size: int  # side of the network's input
+    first: tuple[int, int]  # where the input begins on the inner grid; negative where it is padded
+
+    @property
+    def kept(self) -> tuple[Span, Span]:
+        """Rows and columns of the inner grid that lie in the input."""
+        return tuple(
+            (max(0, first), min(length, first + self.size))
+            for first, length in zip(self.first, self.inner, strict=True)
+        )
 
 
-def place_slices(height: int, width: int, size: int) -> Placement:
-    """Return the placement of (height, width) slices in a size x size input."""
-    longest = max(height, width)
-    if longest <= RESIZE_ABOVE * size:
-        return Placement((height, width), (height, width), size)
+def place_slices(height: int, width: int, size: int, head: tuple[Span, Span] | None = None) -> Placement:
+    """Return the placement of (height, width) slices in a size x size input.
+
+    Slices that fit are padded alike on both sides. Where they are up to a quarter larger and the head fits,
+    they are cropped around the head, or around their middle where there is no head. All others are resized as
+    a whole. So nothing of the head is ever outside.
+    """
+    native, longest = (height, width), max(height, width)
+    if longest <= RESIZE_ABOVE * size and _fits(head, size):
+        return Placement(native, native, size, _begin(native, size, head))
     scale = size / longest
-    return Placement((height, width), (max(1, round(height * scale)), max(1, round(width * scale))), size)
+    inner = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return Placement(native, inner, size, _begin(inner, size, None))
 
 
-def kept_range(length: int, size: int) -> tuple[int, int]:
-    """Return (first, last + 1) of the pixels along an axis that a centred crop to `size` keeps."""
-    first = max(0, length - size) // 2
-    return first, first + min(length, size)
+def _fits(head: tuple[Span, Span] | None, size: int) -> bool:
+    return head is None or all(last - first <= size for first, last in head)
 
 
-def _pad_or_crop(array: np.ndarray, height: int, width: int, mode: Literal["edge", "constant"]) -> np.ndarray:
-    """Centre the last two axes of an array in (height, width); padding is undone by cropping back."""
-    padding = [(0, 0)] * array.ndim
-    for axis, target in ((-2, height), (-1, width)):
-        excess = array.shape[axis] - target
-        if excess > 0:
-            kept = slice(*kept_range(array.shape[axis], target))
-            array = array[..., kept, :] if axis == -2 else array[..., kept]
-        elif excess < 0:
-            padding[axis] = (-excess // 2, -excess - (-excess // 2))
-    return np.pad(array, padding, mode=mode) if any(map(any, padding)) else array
+def _begin(inner: tuple[int, int], size: int, head: tuple[Span, Span] | None) -> tuple[int, int]:
+    """Return where an input of `size` begins on the inner grid, around a head given on the same grid."""
+    begin = []
+    for axis, length in enumerate(inner):
+        if length <= size or head is None:
+            begin.append(-((size - length) // 2) if length <= size else (length - size) // 2)
+        else:
+            centred = (sum(head[axis]) - size) // 2
+            begin.append(min(max(centred, 0), length - size))
+    return begin[0], begin[1]
+
+
+def _pad(slices: np.ndarray, placement: Placement, mode: Literal["edge", "constant"]) -> np.ndarray:
+    """Pad the part (..., h, w) of slices that lies in the input to (..., size, size)."""
+    padding = [(0, 0)] * (slices.ndim - 2)
+    for (first, last), begin in zip(placement.kept, placement.first, strict=True):
+        padding.append((first - begin, placement.size - (last - begin)))
+    return np.pad(slices, padding, mode=mode) if any(map(any, padding)) else slices
 
 
 def fit_slices(slices: np.ndarray, placement: Placement, is_mask: bool = False) -> np.ndarray:
@@ -204,12 +251,19 @@ def fit_slices(slices: np.ndarray, placement: Placement, is_mask: bool = False) 
     if placement.inner != placement.native:
         interpolation = cv2.INTER_NEAREST_EXACT if is_mask else cv2.INTER_AREA
         slices = _resize(slices, placement.inner, interpolation)
-    return _pad_or_crop(slices, placement.size, placement.size, "constant" if is_mask else "edge")
+    (top, bottom), (left, right) = placement.kept
+    return _pad(slices[..., top:bottom, left:right], placement, "constant" if is_mask else "edge")
 
 
 def unfit_slices(slices: np.ndarray, placement: Placement) -> np.ndarray:
-    """Bring probabilities (..., size, size) back to the native grid (..., H, W); 0 where a crop cut."""
-    slices = _pad_or_crop(slices, *placement.inner, "constant")
+    """Bring probabilities (..., size, size) back to the native grid (..., H, W); 0 where a crop cut air."""
+    (top, bottom), (left, right) = placement.kept
+    above, before = (first - begin for (first, _), begin in zip(placement.kept, placement.first, strict=True))
+    slices = slices[..., above : above + bottom - top, before : before + right - left]
+    if slices.shape[-2:] != placement.inner:
+        height, width = placement.inner
+        padding = [(0, 0)] * (slices.ndim - 2) + [(top, height - bottom), (left, width - right)]
+        slices = np.pad(slices, padding)
     if placement.inner != placement.native:
         slices = _resize(slices, placement.native, cv2.INTER_LINEAR)
     return slices

@@ -11,6 +11,7 @@ from cohort.preprocess import (
     brain_mask,
     fill_air,
     find_doubts,
+    find_head_box,
     fit_slices,
     gather_slab,
     level_air,
@@ -250,7 +251,7 @@ def test_nan_in_the_head_is_left_and_nan_around_it_is_background():
 
 
 def test_nan_beside_air_takes_the_value_of_that_air():
-    raw, brain = make_head()
+    raw, _ = make_head()
     volume = raw + np.float32(7)
     volume[:, :, :2] = np.nan  # two columns of air beyond the field of view
     assert (fill_air(volume) == raw + 7).all()
@@ -329,6 +330,53 @@ def test_fitting_and_unfitting_keep_every_cell_that_was_not_cropped(height, widt
         edges = np.flatnonzero(kept)[[0, -1]]
         assert kept.sum() == side - lost == edges[1] - edges[0] + 1
         assert (edges[0], side - 1 - edges[1]) == (lost // 2, lost - lost // 2)  # cut alike on both sides
+
+
+def test_a_crop_is_centred_on_the_head_by_hand():
+    # Of 40 rows 32 are kept. The head is rows 2 to 12: its middle is 7, so the crop would begin at -9, and
+    # begins at 0. Columns 9 to 37: the middle is 23, so it begins at 7.
+    placement = place_slices(40, 40, 32, ((2, 12), (9, 37)))
+    assert placement.inner == (40, 40)
+    assert placement.kept == ((0, 32), (7, 39))
+    slices = np.arange(1600, dtype=np.float32).reshape(40, 40) + 1
+    fitted = fit_slices(slices, placement)
+    assert (fitted == slices[0:32, 7:39]).all()
+    restored = unfit_slices(fitted, placement)
+    assert (restored[0:32, 7:39] == slices[0:32, 7:39]).all()
+    assert np.count_nonzero(restored) == 32 * 32
+
+
+@given(height=SIDES, width=SIDES, size=SIZES, ends=st.tuples(*[st.floats(0, 1)] * 4), is_mask=st.booleans())
+def test_nothing_of_the_head_is_ever_outside(height, width, size, ends, is_mask):
+    spans = []
+    for length, pair in ((height, ends[:2]), (width, ends[2:])):
+        first, last = sorted(round(end * (length - 1)) for end in pair)
+        spans.append((first, last + 1))
+    placement = place_slices(height, width, size, tuple(spans))
+    head = np.zeros((height, width), bool)
+    head[spans[0][0] : spans[0][1], spans[1][0] : spans[1][1]] = True
+    fitted = fit_slices(head if is_mask else head.astype(np.float32), placement, is_mask)
+    assert fitted.shape == (size, size)
+    fits = all(last - first <= size for first, last in spans)
+    is_resized = placement.inner != placement.native
+    assert is_resized == (max(height, width) > 1.25 * size or (max(height, width) > size and not fits))
+    if is_resized:
+        assert max(placement.inner) == size
+        assert placement.kept == ((0, placement.inner[0]), (0, placement.inner[1]))
+    elif is_mask:
+        assert fitted.sum() == head.sum()
+        assert (unfit_slices(fitted, placement) == head).all()
+    if max(height, width) <= size:
+        assert placement == place_slices(height, width, size)
+
+
+def test_specks_beside_the_head_do_not_widen_it():
+    brain = np.zeros((3, 50, 60), bool)
+    brain[1, 10:30, 20:45] = True
+    brain[2, 12:33, 20:40] = True
+    brain[0, 0, 0] = brain[1, 49, 5:9] = True
+    assert find_head_box(brain) == ((10, 33), (20, 45))
+    assert find_head_box(np.zeros_like(brain)) is None
 
 
 @given(height=SIDES, width=SIZES, size=SIZES, seed=st.integers(0, 1000))
