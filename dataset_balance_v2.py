@@ -31,7 +31,7 @@ from cohort.check import check_cohort, log_problems, write_problems
 from cohort.labels import Regions
 from cohort.layouts import CaseSource, find_cases, log_cases
 from cohort.phantom import choose_data_dir
-from cohort.preprocess import BRAIN_SLICE_VOXELS, Z_RANGE, fit_slices, place_slices
+from cohort.preprocess import BRAIN_SLICE_VOXELS, Z_RANGE, describe_training_spacing, fit_slices, place_slices
 from runtime.command import Share, run_command
 from runtime.errors import InputError
 from runtime.log import log
@@ -137,6 +137,14 @@ class SlabDataset(Dataset):
         slab *= high - low
         slab += low
         return slab, np.ascontiguousarray(out["mask"].transpose(2, 0, 1))
+
+
+def training_spacing(cases: Sequence[PreparedCase], size: int) -> dict[str, dict[str, float]] | None:
+    """Return median and range of the spacings that a network of this input size meets in these cases."""
+    placements = (place_slices(*case.shape[1:], size, case.head_box) for case in cases)
+    return describe_training_spacing(
+        [(case.frame, each) for case, each in zip(cases, placements, strict=True)]
+    )
 
 
 def warn_of_crop(cases: Sequence[PreparedCase], size: int, multiple: int = 16) -> None:

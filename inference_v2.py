@@ -40,10 +40,12 @@ from cohort.preprocess import (
     Placement,
     find_doubts,
     find_head_box,
+    find_unlike_spacing,
     fit_slices,
     gather_slab,
     normalise_volume,
-    place_slices,
+    pixel_mm,
+    place_case,
     unfit_slices,
 )
 from cohort.split import cases_of_split, read_split
@@ -122,7 +124,33 @@ class TrainedModel:
 
     def place(self, shape: Sequence[int], frame: Frame) -> Placement:
         """Return how slices of (H, W) of a case lie in the network's input."""
-        return place_slices(*shape, self.size, frame.head)
+        return place_case(shape, self.size, frame, self.checkpoint.get("spacing_mm"))
+
+    def find_doubts(self, shape: Sequence[int], frame: Frame) -> list[str]:
+        """Return in what a case's spacing is unlike training's, and what is done about it."""
+        trained = self.checkpoint.get("spacing_mm")
+        if not trained or not frame.spacing_mm:
+            return []
+        doubts = []
+        usual = place_case(shape, self.size, frame)
+        placement = self.place(shape, frame)
+        if placement != usual:
+            before, after = (pixel_mm(frame.spacing_mm, each) for each in (usual, placement))
+            doubts.append(
+                f"pixels of {before[0]:.3g} x {before[1]:.3g} mm where training had "
+                f"{_range(trained['in_plane'])}: resampled to {after[0]:.3g} x {after[1]:.3g} mm"
+            )
+        if find_unlike_spacing(frame.spacing_mm[0], trained["slices"]) is not None:
+            doubts.append(
+                f"slices {frame.spacing_mm[0]:.3g} mm apart where training had {_range(trained['slices'])}: "
+                "not resampled, expect worse masks"
+            )
+        return doubts
+
+
+def _range(spacing: dict[str, float]) -> str:
+    low, high = (f"{spacing[end]:.3g}" for end in ("low", "high"))
+    return f"{low} mm" if low == high else f"{low} to {high} mm"
 
 
 def load_model(path: str | Path, device: torch.device, amp: bool = True) -> TrainedModel:
@@ -329,7 +357,7 @@ def segment_cases(
 
     def compute() -> Iterator[Callable[[], list[dict[str, Any]]]]:
         for read in read_ahead(cases, lambda case: read_case(case, model.modalities)):
-            for doubt in read.doubts:
+            for doubt in (*read.doubts, *model.find_doubts(read.volume.shape[2:], read.frame)):
                 log.warning("%s: %s", read.case.case_id, doubt)
             probabilities = predict_volume(
                 model, read.volume, read.brain_voxels, config.tta, config.batch_size, read.frame

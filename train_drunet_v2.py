@@ -220,7 +220,9 @@ class Run:
     folder: Path
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None is float32
-    facts: dict[str, Any]  # data_kind, held_out, skipped, split_sha256, and the identities of the cases seen
+    facts: dict[
+        str, Any
+    ]  # data_kind, held_out, skipped, split_sha256, spacing_mm, and the identities of the cases seen
 
     @property
     def title(self) -> str:
@@ -346,7 +348,7 @@ def as_trained_model(run: Run, state: TrainState) -> inference.TrainedModel:
         thresholds=(0.5,) * len(config.cases.regions),
         device=run.device,
         dtype=run.dtype,
-        checkpoint={},
+        checkpoint={"spacing_mm": run.facts.get("spacing_mm")},
     )
 
 
@@ -572,6 +574,7 @@ def main(config: TrainConfig) -> None:
     cases = selection.prepare_parts(chosen, config.cases)
     seen = [leakage.identify_case(case) for case in (*cases["train"], *cases["validation"])]
     run.facts.update(leakage.pack_identities(seen))
+    run.facts["spacing_mm"] = dataset.training_spacing(cases["train"], config.size)
     loader = make_loader(run, cases["train"])
     log_start(run, chosen, state.network, loader)
     dataset.warn_of_crop([*cases["train"], *cases["validation"]], config.size, state.network.multiple)

@@ -4,6 +4,7 @@ Training, validation, audit and prediction all reach pixels through `normalise_v
 `fit_slices`, so the network never meets a pixel at test time that was made another way at training time.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from scipy import ndimage
 Z_RANGE = (-4.0, 8.0)  # normalised intensities are clipped to it; augmentation maps it to 0..1
 QUARTILE_DISTANCE = 1.349  # between the quartiles of a normal distribution, in SD
 RESIZE_ABOVE = 1.25  # slices up to a quarter larger than the network's input are cropped, larger ones resized
+SPACING_SHARE = 0.25  # beyond training's range by more, slices are resampled to it, slice distances warned of
 HEAD_SPECK_SHARE = 0.01  # of the head's shadow; smaller specks beside it are none of it
 BRAIN_SLICE_VOXELS = 64  # a slice with fewer brain voxels counts as empty
 FOREGROUND_STEP = 0.1  # of the way from air to the brightest: what is nearer to air counts as air
@@ -203,19 +205,103 @@ class Placement:
         )
 
 
-def place_slices(height: int, width: int, size: int, head: tuple[Span, Span] | None = None) -> Placement:
+def place_slices(
+    height: int,
+    width: int,
+    size: int,
+    head: tuple[Span, Span] | None = None,
+    zoom: tuple[float, float] = (1.0, 1.0),
+) -> Placement:
     """Return the placement of (height, width) slices in a size x size input.
 
     Slices that fit are padded alike on both sides. Where they are up to a quarter larger and the head fits,
     they are cropped around the head, or around their middle where there is no head. All others are resized as
-    a whole. So nothing of the head is ever outside.
+    a whole. So nothing of the head is ever outside. `zoom` resizes rows and columns beforehand, for
+    heads at another scale than the network knows; then a head that fits is cropped to from any slice.
     """
     native, longest = (height, width), max(height, width)
+    if zoom != (1.0, 1.0):
+        return _place_zoomed(native, size, head, zoom)
     if longest <= RESIZE_ABOVE * size and _fits(head, size):
         return Placement(native, native, size, _begin(native, size, head))
     scale = size / longest
     inner = (max(1, round(height * scale)), max(1, round(width * scale)))
     return Placement(native, inner, size, _begin(inner, size, None))
+
+
+def _place_zoomed(
+    native: tuple[int, int], size: int, head: tuple[Span, Span] | None, zoom: tuple[float, float]
+) -> Placement:
+    head = head or ((0, native[0]), (0, native[1]))
+    longest = max((last - first) * factor for (first, last), factor in zip(head, zoom, strict=True))
+    shrink = min(1.0, (size - 2) / longest)  # 2: the ends of the resized head are rounded outwards
+    inner = tuple(
+        max(1, round(length * factor * shrink)) for length, factor in zip(native, zoom, strict=True)
+    )
+    resized = tuple(
+        (int(first * now / before), int(np.ceil(last * now / before)))
+        for (first, last), now, before in zip(head, inner, native, strict=True)
+    )
+    return Placement(native, inner, size, _begin(inner, size, resized))
+
+
+def describe_training_spacing(seen: Sequence[tuple[Frame, Placement]]) -> dict[str, dict[str, float]] | None:
+    """Return median and range of the spacings in mm of training cases, in plane as the network saw them.
+
+    {"in_plane": {"median", "low", "high"}, "slices": the same}; the range is from the 5th to the 95th
+    percentile. Where slices were resized to fit the input, their pixels grew. Cases of unknown spacing are
+    left out; None where no other is there.
+    """
+    known = [(frame.spacing_mm, placement) for frame, placement in seen if frame.spacing_mm]
+    if not known:
+        return None
+    values = {
+        "in_plane": [each for spacing_mm, placement in known for each in pixel_mm(spacing_mm, placement)],
+        "slices": [spacing_mm[0] for spacing_mm, _ in known],
+    }
+    table = {}
+    for name, spacings in values.items():
+        low, median, high = np.percentile(spacings, [5, 50, 95])
+        table[name] = {"median": float(median), "low": float(low), "high": float(high)}
+    return table
+
+
+def pixel_mm(spacing_mm: Sequence[float], placement: Placement) -> tuple[float, float]:
+    """Return height and width in mm of a pixel of the network's input."""
+    height, width = (
+        mm * before / now
+        for mm, before, now in zip(spacing_mm[1:], placement.native, placement.inner, strict=True)
+    )
+    return height, width
+
+
+def find_unlike_spacing(value_mm: float, trained: Mapping[str, float]) -> float | None:
+    """Return the end of training's range that a spacing is beyond by more than SPACING_SHARE, else None."""
+    if value_mm > trained["high"] * (1 + SPACING_SHARE):
+        return trained["high"]
+    if value_mm * (1 + SPACING_SHARE) < trained["low"]:
+        return trained["low"]
+    return None
+
+
+def place_case(
+    shape: Sequence[int], size: int, frame: Frame, trained: Mapping[str, Mapping[str, float]] | None = None
+) -> Placement:
+    """Return the placement of a case's slices (H, W) for a network trained at the spacings `trained`.
+
+    `trained` is of `describe_training_spacing`. Where the network would see pixels beyond the range of its
+    training by more than SPACING_SHARE, the slices are resampled in plane to that range. Nothing is where
+    either spacing is unknown.
+    """
+    height, width = shape
+    placement = place_slices(height, width, size, frame.head)
+    if not trained or not frame.spacing_mm:
+        return placement
+    in_plane = trained["in_plane"]
+    if all(find_unlike_spacing(mm, in_plane) is None for mm in pixel_mm(frame.spacing_mm, placement)):
+        return placement
+    zoom = [mm / min(max(mm, in_plane["low"]), in_plane["high"]) for mm in frame.spacing_mm[1:]]
+    return place_slices(height, width, size, frame.head, (zoom[0], zoom[1]))
 
 
 def _fits(head: tuple[Span, Span] | None, size: int) -> bool:
@@ -249,8 +335,9 @@ def fit_slices(slices: np.ndarray, placement: Placement, is_mask: bool = False) 
     nearest neighbour. With padding alone, `unfit_slices` gives the input back exactly.
     """
     if placement.inner != placement.native:
-        interpolation = cv2.INTER_NEAREST_EXACT if is_mask else cv2.INTER_AREA
-        slices = _resize(slices, placement.inner, interpolation)
+        shrinks = placement.inner[0] <= placement.native[0] and placement.inner[1] <= placement.native[1]
+        smooth = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        slices = _resize(slices, placement.inner, cv2.INTER_NEAREST_EXACT if is_mask else smooth)
     (top, bottom), (left, right) = placement.kept
     return _pad(slices[..., top:bottom, left:right], placement, "constant" if is_mask else "edge")
 
@@ -265,7 +352,8 @@ def unfit_slices(slices: np.ndarray, placement: Placement) -> np.ndarray:
         padding = [(0, 0)] * (slices.ndim - 2) + [(top, height - bottom), (left, width - right)]
         slices = np.pad(slices, padding)
     if placement.inner != placement.native:
-        slices = _resize(slices, placement.native, cv2.INTER_LINEAR)
+        shrinks = placement.native[0] <= placement.inner[0] and placement.native[1] <= placement.inner[1]
+        slices = _resize(slices, placement.native, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return slices
 
 

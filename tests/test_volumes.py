@@ -8,7 +8,9 @@ from scipy import ndimage
 
 from cohort.preprocess import (
     Z_RANGE,
+    Frame,
     brain_mask,
+    describe_training_spacing,
     fill_air,
     find_doubts,
     find_head_box,
@@ -16,6 +18,8 @@ from cohort.preprocess import (
     gather_slab,
     level_air,
     normalise_volume,
+    pixel_mm,
+    place_case,
     place_slices,
     unfit_slices,
 )
@@ -437,6 +441,83 @@ def test_a_resized_mask_is_not_shifted(side, size):
     fitted = fit_slices(mask, placement, is_mask=True)
     assert (fit_slices(mask[::-1], placement, is_mask=True) == fitted[::-1]).all()
     assert (fit_slices(mask[:, ::-1], placement, is_mask=True) == fitted[:, ::-1]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Spacing unlike training
+# ------------------------------------------------------------------------------------------------------------
+
+
+def trained_at(low: float, high: float) -> dict[str, dict[str, float]]:
+    in_plane = {"median": (low + high) / 2, "low": low, "high": high}
+    return {"in_plane": in_plane, "slices": {"median": 4.0, "low": 4.0, "high": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "trained", "inner"),
+    [
+        ((4, 2, 2), (2, 2), (60, 50)),  # as in training
+        ((4, 2.5, 2.5), (2, 2), (60, 50)),  # a quarter more is no more than a quarter
+        ((4, 2.6, 2.6), (2, 2), (78, 65)),
+        ((4, 1.6, 1.6), (2, 2), (60, 50)),
+        ((4, 1.5, 1.5), (2, 2), (45, 38)),  # 37.5 is rounded to even
+        ((4, 4, 4), (2, 2), (120, 100)),
+        ((4, 1, 2), (2, 2), (30, 50)),  # each axis by itself
+        ((4, 4, 4), (1, 4), (60, 50)),  # several sizes: inside of the range
+        ((4, 6, 6), (1, 4), (90, 75)),  # to the end of the range, not to its middle
+        (None, (2, 2), (60, 50)),
+        ((4, 4, 4), None, (60, 50)),
+    ],
+)
+def test_slices_are_resampled_to_the_spacing_of_training(spacing_mm, trained, inner):
+    placement = place_case((60, 50), 128, Frame(None, spacing_mm), trained and trained_at(*trained))
+    assert placement.inner == inner
+    if inner == (60, 50):
+        assert placement == place_slices(60, 50, 128)
+
+
+def test_what_fitting_the_input_does_to_pixels_counts():
+    # 512 pixels of 0.5 mm are resized to 256 of 1 mm, which is what training had.
+    frame = Frame(((100, 400), (80, 420)), (1.0, 0.5, 0.5))
+    usual = place_slices(512, 512, 256, frame.head)
+    assert pixel_mm(frame.spacing_mm, usual) == (1.0, 1.0)
+    assert place_case((512, 512), 256, frame, trained_at(1, 1)) == usual
+    assert describe_training_spacing([(frame, usual)])["in_plane"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_a_resampled_head_that_does_not_fit_is_made_to():
+    # At training's 2 mm the head of 40 pixels of 8 mm would have 160: the 128 of the input are to hold it.
+    placement = place_case((60, 60), 128, Frame(((10, 50), (15, 50)), (4, 8, 8)), trained_at(2, 2))
+    head = np.zeros((60, 60), np.float32)
+    head[10:50, 15:50] = 1
+    fitted = fit_slices(head, placement)
+    # one pixel is 60 / 189 of the file's; all of the head is there, and it fills the input
+    assert placement.inner == (189, 189)
+    np.testing.assert_allclose(fitted.sum() * (60 / 189) ** 2, 40 * 35, rtol=0.01)
+    restored = unfit_slices(fitted, placement)
+    assert ((restored > 0.5) == (head > 0)).all()
+
+
+@pytest.mark.parametrize("spacing_mm", [4.0, 1.0])
+def test_a_resampled_mask_comes_back_where_it_was(spacing_mm):
+    side = round(240 / spacing_mm)
+    y, x = np.mgrid[:side, :side] * spacing_mm
+    blob = ((y - 100) ** 2 + (x - 130) ** 2 < 40**2).astype(np.float32)
+    placement = place_case((side, side), 256, Frame(None, (4, spacing_mm, spacing_mm)), trained_at(2, 2))
+    assert placement.inner == (120, 120)
+    restored = unfit_slices(fit_slices(blob, placement), placement) >= 0.5
+    dice = 2 * (restored & (blob > 0)).sum() / (restored.sum() + blob.sum())
+    assert dice > 0.98
+    np.testing.assert_allclose(ndimage.center_of_mass(restored), ndimage.center_of_mass(blob), atol=0.1)
+
+
+def test_spacings_of_training_by_hand():
+    plain = place_slices(100, 100, 128)
+    cases = [(Frame(None, (mm, 1.0, 2.0)), plain) for mm in (3.0, 5.0)] + [(Frame(None, None), plain)]
+    table = describe_training_spacing(cases)
+    assert table["in_plane"] == {"median": 1.5, "low": 1.0, "high": 2.0}
+    assert table["slices"] == pytest.approx({"median": 4.0, "low": 3.1, "high": 4.9})
+    assert describe_training_spacing(cases[2:]) is None
 
 
 # ------------------------------------------------------------------------------------------------------------
