@@ -32,7 +32,7 @@ from cohort.check import check_cohort, log_problems, write_problems
 from cohort.labels import Regions
 from cohort.layouts import CaseSource, find_cases, log_cases
 from cohort.phantom import choose_data_dir
-from cohort.preprocess import BRAIN_SLICE_VOXELS, Z_RANGE, fit_slices, kept_range, place_slices
+from cohort.preprocess import BRAIN_SLICE_VOXELS, Z_RANGE, describe_training_spacing, fit_slices, place_slices
 from runtime.command import Share, run_command
 from runtime.errors import InputError
 from runtime.log import log
@@ -119,7 +119,7 @@ class SlabDataset(Dataset):
         case_index, z = self.rows[row]
         case = self.cases[case_index]
         slab = case.slab(int(z), self.context)
-        placement = place_slices(*slab.shape[1:], self.size)
+        placement = place_slices(*slab.shape[1:], self.size, case.head_box)
         slab = fit_slices(slab, placement)
         target = fit_slices(case.reference_slice(int(z)), placement, is_mask=True).astype(np.uint8)
         if self.augmentation is not None:
@@ -140,10 +140,19 @@ class SlabDataset(Dataset):
         return slab, np.ascontiguousarray(out["mask"].transpose(2, 0, 1))
 
 
+def training_spacing(cases: Sequence[PreparedCase], size: int) -> dict[str, dict[str, float]] | None:
+    """Return median and range of the spacings that a network of this input size meets in these cases."""
+    placements = (place_slices(*case.shape[1:], size, case.head_box) for case in cases)
+    return describe_training_spacing(
+        [(case.frame, each) for case, each in zip(cases, placements, strict=True)]
+    )
+
+
 def warn_of_crop(cases: Sequence[PreparedCase], size: int, multiple: int = 16) -> None:
     """Log a warning where the network's input of size x size cuts tumour off some cases.
 
-    Such tumour is neither learnt nor found. Slices that are resized are not cropped. The size advised is a
+    Such tumour lies outside of the head, and is neither learnt nor found. Slices that are resized are not
+    cropped. The size advised is a
     multiple of `multiple` and cuts none off.
     """
 
@@ -162,13 +171,12 @@ def warn_of_crop(cases: Sequence[PreparedCase], size: int, multiple: int = 16) -
 
 def is_cut(case: PreparedCase, size: int) -> bool:
     """Return whether the crop to size x size cuts tumour off."""
-    placement = place_slices(*case.shape[1:], size)
+    placement = place_slices(*case.shape[1:], size, case.head_box)
     if placement.inner != placement.native or not np.any(case.region_voxels):
         return False
-    kept = (kept_range(length, size) for length in placement.native)
     return any(
         start < first or stop > end
-        for (start, stop), (first, end) in zip(case.reference_box[1:], kept, strict=True)
+        for (start, stop), (first, end) in zip(case.reference_box[1:], placement.kept, strict=True)
     )
 
 

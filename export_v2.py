@@ -54,7 +54,7 @@ class ExportConfig:
 OPSET = 18
 CPU = torch.device("cpu")
 # What of a checkpoint goes into the file: never the data folder or the patients' ids.
-EXPORTED_RESULTS = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice")
+EXPORTED_RESULTS = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice", "spacing_mm")
 EXPORTED_SETTINGS = ("modalities", "regions", "context", "size", "widths")
 TOLERANCE = 1e-4  # of probabilities, between the network and its export
 

@@ -12,6 +12,7 @@ and predicts its share of the cases; the main one searches for leakage, sums up,
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,7 @@ def evaluate_cohort(
 
     Ranks share the cases; each gets what was measured of all.
     """
+    log_spacing(model, cohort, cases)
     mine = progress(share_of(cases), f"auditing {cohort}", "case")
     audits = gather_shares([evaluate_case(model, cohort, case, batch_size) for case in mine])
     # pooled in the order of the cases, not rank by rank: bins hold sums of floats, which depend on the order
@@ -241,6 +243,13 @@ def evaluate_cohort(
     return CohortAudit(rows, counts, bins, pictures)
 
 
+def log_spacing(model: TrainedModel, cohort: str, cases: Sequence[PreparedCase]) -> None:
+    """Log a warning for each way in which spacings of a cohort are unlike those of training."""
+    doubts = [doubt for case in cases for doubt in model.find_doubts(case.shape[1:], case.frame)]
+    for doubt, count in Counter(doubts).items():
+        log.warning("%d of %d %s cases have %s", count, len(cases), cohort, doubt)
+
+
 def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_size: int) -> CaseAudit:
     """Predict and measure a case; its bins are counted in validation and 0 elsewhere.
 
@@ -252,7 +261,7 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
     masks: dict[str, np.ndarray] = {}
     started = time.perf_counter()
     volume = case.volume
-    views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size)
+    views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size, case.frame)
     seconds = time.perf_counter() - started
     reference = case.reference
     brain = case.brain if cohort == "validation" else None

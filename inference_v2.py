@@ -36,10 +36,16 @@ from cohort.layouts import (
 )
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
+    Frame,
+    Placement,
+    find_doubts,
+    find_head_box,
+    find_unlike_spacing,
     fit_slices,
     gather_slab,
     normalise_volume,
-    place_slices,
+    pixel_mm,
+    place_case,
     unfit_slices,
 )
 from cohort.split import cases_of_split, read_split
@@ -65,6 +71,7 @@ from runtime.threads import read_ahead, write_behind
 
 # Test-time augmentation: the axes of (..., H, W) each view flips. A flip is its own inverse.
 VIEWS: dict[str, tuple[int, ...]] = {"identity": (), "horizontal": (-1,), "vertical": (-2,)}
+UNKNOWN_FRAME = Frame()
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,36 @@ class TrainedModel:
     dtype: torch.dtype | None  # of autocast; None is float32
     checkpoint: dict[str, Any]  # as read, weights included
 
+    def place(self, shape: Sequence[int], frame: Frame) -> Placement:
+        """Return how slices of (H, W) of a case lie in the network's input."""
+        return place_case(shape, self.size, frame, self.checkpoint.get("spacing_mm"))
+
+    def find_doubts(self, shape: Sequence[int], frame: Frame) -> list[str]:
+        """Return in what a case's spacing is unlike training's, and what is done about it."""
+        trained = self.checkpoint.get("spacing_mm")
+        if not trained or not frame.spacing_mm:
+            return []
+        doubts = []
+        usual = place_case(shape, self.size, frame)
+        placement = self.place(shape, frame)
+        if placement != usual:
+            before, after = (pixel_mm(frame.spacing_mm, each) for each in (usual, placement))
+            doubts.append(
+                f"pixels of {before[0]:.3g} x {before[1]:.3g} mm where training had "
+                f"{_range(trained['in_plane'])}: resampled to {after[0]:.3g} x {after[1]:.3g} mm"
+            )
+        if find_unlike_spacing(frame.spacing_mm[0], trained["slices"]) is not None:
+            doubts.append(
+                f"slices {frame.spacing_mm[0]:.3g} mm apart where training had {_range(trained['slices'])}: "
+                "not resampled, expect worse masks"
+            )
+        return doubts
+
+
+def _range(spacing: dict[str, float]) -> str:
+    low, high = (f"{spacing[end]:.3g}" for end in ("low", "high"))
+    return f"{low} mm" if low == high else f"{low} to {high} mm"
+
 
 def load_model(path: str | Path, device: torch.device, amp: bool = True) -> TrainedModel:
     """Read a checkpoint or an ONNX file into a network on `device`, ready to predict (`prepare_network`).
@@ -165,17 +202,19 @@ def predict_volume(
     brain_voxels: Sequence[int] | None = None,
     tta: bool = True,
     batch_size: int = 16,
+    frame: Frame = UNKNOWN_FRAME,
 ) -> np.ndarray:
     """Return probabilities (R, D, H, W) float32 of a normalised volume (C, D, H, W), on its own grid.
 
     Slices with fewer than 64 of `brain_voxels` (D,) are not run and get probability 0; None runs all. With
     `tta` the result is the mean over identity, horizontal and vertical flip. `batch_size` is the largest
-    number of slabs per forward pass; each view of a slice is a slab.
+    number of slabs per forward pass; each view of a slice is a slab. `frame` says where the head is; without
+    it slices a little larger than the network's input are cropped around their middle.
     """
     views = tuple(VIEWS) if tta else ("identity",)
-    placement = place_slices(*volume.shape[2:], model.size)
+    placement = model.place(volume.shape[2:], frame)
     probabilities = np.zeros((len(model.regions), *volume.shape[1:]), np.float32)
-    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size):
+    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
         mean = output.mean(0).cpu().numpy()  # taken before anything leaves the device
         probabilities[:, slices] = unfit_slices(mean, placement).transpose(1, 0, 2, 3)
     return probabilities
@@ -188,14 +227,15 @@ def predict_views(
     brain_voxels: Sequence[int] | None = None,
     views: Sequence[str] = tuple(VIEWS),
     batch_size: int = 16,
+    frame: Frame = UNKNOWN_FRAME,
 ) -> np.ndarray:
     """Return the probabilities of each view (V, R, D, H, W) float32; see `predict_volume`.
 
     Every view is flipped back, so views are comparable voxel by voxel.
     """
-    placement = place_slices(*volume.shape[2:], model.size)
+    placement = model.place(volume.shape[2:], frame)
     probabilities = np.zeros((len(views), len(model.regions), *volume.shape[1:]), np.float32)
-    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size):
+    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
         for view, of_view in zip(probabilities, output.cpu().numpy(), strict=True):
             view[:, slices] = unfit_slices(of_view, placement).transpose(1, 0, 2, 3)
     return probabilities
@@ -207,6 +247,7 @@ def _predict_slices(
     brain_voxels: Sequence[int] | None,
     views: Sequence[str],
     batch_size: int,
+    placement: Placement,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield slice numbers and their probabilities (V, n, R, size, size) float32, on the model's device.
 
@@ -215,7 +256,6 @@ def _predict_slices(
     but a briefly trained network's Dice on three phantoms fell from 0.77, 0.70, 0.86 to 0.46, 0.40, 0.70.
     """
     depth = volume.shape[1]
-    placement = place_slices(*volume.shape[2:], model.size)
     with_brain = [z for z in range(depth) if brain_voxels is None or brain_voxels[z] >= BRAIN_SLICE_VOXELS]
     at_once = max(1, batch_size // len(views))
     for start in range(0, len(with_brain), at_once):
@@ -275,6 +315,8 @@ class ReadCase(NamedTuple):
     brain_voxels: np.ndarray  # (D,)
     intensities: np.ndarray  # (D, H, W) of the first modality, as in the file
     spacing_mm: tuple[float, float, float]
+    frame: Frame
+    doubts: tuple[str, ...]  # what is odd about the intensities, one sentence each
 
 
 def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
@@ -282,7 +324,14 @@ def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
     loaded = load_case(case, modalities)
     log_warnings([(case.case_id, loaded.warnings)])
     volume, brain = normalise_volume(loaded.volume)
-    return ReadCase(case, volume, brain.sum((1, 2)), loaded.volume[0].copy(), loaded.spacing_mm)
+    frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
+    doubts = [
+        f"{name} {doubt}"
+        for name, intensities in zip(modalities, loaded.volume, strict=True)
+        for doubt in find_doubts(intensities)
+    ]
+    first = loaded.volume[0].copy()
+    return ReadCase(case, volume, brain.sum((1, 2)), first, loaded.spacing_mm, frame, tuple(doubts))
 
 
 def write_case(
@@ -310,8 +359,10 @@ def segment_cases(
 
     def compute() -> Iterator[Callable[[], list[dict[str, Any]]]]:
         for read in read_ahead(cases, lambda case: read_case(case, model.modalities)):
+            for doubt in (*read.doubts, *model.find_doubts(read.volume.shape[2:], read.frame)):
+                log.warning("%s: %s", read.case.case_id, doubt)
             probabilities = predict_volume(
-                model, read.volume, read.brain_voxels, config.tta, config.batch_size
+                model, read.volume, read.brain_voxels, config.tta, config.batch_size, read.frame
             )
             masks = threshold_regions(probabilities, thresholds, model.regions)
             if config.postprocess:

@@ -222,7 +222,9 @@ class Run:
     folder: Path
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None is float32
-    facts: dict[str, Any]  # data_kind, held_out, skipped, split_sha256, and the identities of the cases seen
+    facts: dict[
+        str, Any
+    ]  # data_kind, held_out, skipped, split_sha256, spacing_mm, and the identities of the cases seen
 
     @property
     def title(self) -> str:
@@ -323,7 +325,7 @@ def validate(
     dice = np.zeros((len(mine), len(trained.regions), len(THRESHOLDS)))
     for index, case in enumerate(progress(mine, "validating", "case")):
         probabilities = inference.predict_volume(
-            trained, case.volume, case.brain_voxels, tta=False, batch_size=batch_size
+            trained, case.volume, case.brain_voxels, tta=False, batch_size=batch_size, frame=case.frame
         )
         for region, (probability, reference) in enumerate(zip(probabilities, case.reference, strict=True)):
             counts = overlap_at_thresholds(probability, reference, THRESHOLDS)
@@ -348,7 +350,7 @@ def as_trained_model(run: Run, state: TrainState) -> inference.TrainedModel:
         thresholds=(0.5,) * len(config.cases.regions),
         device=run.device,
         dtype=run.dtype,
-        checkpoint={},
+        checkpoint={"spacing_mm": run.facts.get("spacing_mm")},
     )
 
 
@@ -422,7 +424,12 @@ def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
     cropped = []
     for case in progress(cases, "choosing post-processing", "case"):
         probabilities = inference.predict_volume(
-            best, case.volume, case.brain_voxels, tta=False, batch_size=run.config.batch_size
+            best,
+            case.volume,
+            case.brain_voxels,
+            tta=False,
+            batch_size=run.config.batch_size,
+            frame=case.frame,
         )
         region_masks = masks.threshold_regions(probabilities, best.thresholds, best.regions)
         cropped.append(masks.crop_case(region_masks, case.reference, case.spacing_mm))
@@ -577,6 +584,7 @@ def main(config: TrainConfig) -> None:
     cases = selection.prepare_parts(chosen, config.cases)
     seen = [leakage.identify_case(case) for case in (*cases["train"], *cases["validation"])]
     run.facts.update(leakage.pack_identities(seen))
+    run.facts["spacing_mm"] = dataset.training_spacing(cases["train"], config.size)
     loader = make_loader(run, cases["train"])
     log_start(run, chosen, state.network, loader)
     dataset.warn_of_crop([*cases["train"], *cases["validation"]], config.size, state.network.multiple)

@@ -359,7 +359,7 @@ def compare_command(config: BenchmarkConfig) -> list[dict[str, Any]]:
             for case in cases:
                 read = read_case(case, model.modalities)
                 probabilities = predict_volume(
-                    model, read.volume, read.brain_voxels, False, config.batch_size
+                    model, read.volume, read.brain_voxels, False, config.batch_size, read.frame
                 )
                 masks = threshold_regions(probabilities, model.thresholds, model.regions)
                 write_case(read, masks, model.regions, Path(settings.output))

@@ -24,7 +24,7 @@ import torch
 from cohort.cases import Case, load_case, log_warnings
 from cohort.fingerprints import FINGERPRINT_VERSION, fingerprint, fingerprint_modality
 from cohort.labels import regions_from_labels
-from cohort.preprocess import normalise_volume, slab_slices
+from cohort.preprocess import Frame, find_doubts, find_head_box, normalise_volume, slab_slices
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_atomically, write_json
 from runtime.log import log, progress
@@ -63,7 +63,14 @@ class PreparedCase:
     box: Box  # the part of it that is stored
     reference_box: Box  # around all regions; of one voxel where there is no tumour
     background: tuple[float, ...]  # value of each modality outside the box
-    warnings: tuple[str, ...] = ()  # see cases.LoadedCase
+    warnings: tuple[str, ...] = ()  # what is odd about its files and intensities, one sentence each
+    head_box: tuple[tuple[int, int], tuple[int, int]] | None = None  # see `find_head_box`
+    spacing_known: bool = True  # PNG and TIF slices carry none
+
+    @property
+    def frame(self) -> Frame:
+        """What of the case decides how its slices lie in the network's input."""
+        return Frame(self.head_box, self.spacing_mm if self.spacing_known else None)
 
     @property
     def volume(self) -> np.ndarray:
@@ -165,11 +172,12 @@ def write_entry(
     masks: np.ndarray,
     spacing_mm: Sequence[float],
     content: Mapping[str, str],
-    warnings: Sequence[str] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write an entry under a temporary name, move it into place whole, and return its facts.
 
-    `volume` (C, D, H, W) float16; `masks` (1 + R, D, H, W) bool, the brain first; `content` the fingerprint.
+    `volume` (C, D, H, W) float16; `masks` (1 + R, D, H, W) bool, the brain first; `content` the fingerprint;
+    `notes` the case's `spacing_known` and `warnings`.
     """
     box = find_box(volume, masks)
     inside = (slice(None), *_slices(box))
@@ -189,7 +197,8 @@ def write_entry(
             "box": box,
             "reference_box": box_around(masks[1:].any(0)),
             "background": volume[:, 0, 0, 0].tolist(),
-            "warnings": list(warnings),
+            "head_box": find_head_box(masks[0]),
+            **(notes or {}),
             "bytes": {name: (temporary / name).stat().st_size for name in arrays},
         }
         write_json(temporary / "facts.json", facts)
@@ -327,7 +336,13 @@ def build_entry(
         masks = np.concatenate([masks, regions_from_labels(loaded.labels, case.convention, regions)])
     first = loaded.volume[modalities.index(fingerprint_modality(modalities))]
     content = fingerprint(first, loaded.labels)
-    return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content, loaded.warnings)
+    doubts = [
+        f"{name} {doubt}"
+        for name, intensities in zip(modalities, loaded.volume, strict=True)
+        for doubt in find_doubts(intensities)
+    ]
+    notes = {"spacing_known": case.layout != "slices", "warnings": [*loaded.warnings, *doubts]}
+    return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content, notes)
 
 
 def open_cache(cache_dir: Path) -> None:

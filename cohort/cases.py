@@ -23,6 +23,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 
 from cohort.labels import LABEL_CONVENTIONS, NO_REGION, round_labels
+from cohort.preprocess import fill_air
 from runtime.command import Distinct
 from runtime.errors import InputError
 from runtime.files import write_atomically
@@ -463,8 +464,11 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
         check_affine(path, own_affine, affine)
         if volumes and array.shape != volumes[0].shape:
             raise InputError(path, f"has shape {array.shape}, the case's {modalities[0]} {volumes[0].shape}")
+        array = fill_air(array)
         if not np.isfinite(array).all():
-            raise InputError(path, "holds NaN or infinite values", "repair it or leave the case out")
+            raise InputError(
+                path, "holds NaN or infinite values in the head", "repair it or leave the case out"
+            )
         if len(modalities) > 1 and (copy := find_copy(name, array, seen)):
             warnings.append(copy)
         volumes.append(array.astype(np.float32))

@@ -25,6 +25,7 @@ from cohort.cases import (
     read_modality,
 )
 from cohort.layouts import CaseSource, missing_modality, scan_cases
+from cohort.preprocess import fill_air, find_doubts
 from runtime.errors import InputError
 from runtime.files import write_atomically
 from runtime.log import log
@@ -70,11 +71,16 @@ def compare_grids(shape: tuple[int, ...], affine: np.ndarray, first: Grid) -> st
 
 def check_intensities(array: np.ndarray) -> Iterator[tuple[Literal["error", "warning"], str]]:
     """Yield (severity, problem) of one modality (D, H, W), in the type of its file."""
+    array = fill_air(array)
     if not np.isfinite(array).all():
-        yield "error", "holds NaN or infinite values"
-    elif array.min() == array.max():
+        yield "error", "holds NaN or infinite values in the head"
+        return
+    if array.min() == array.max():
         yield "error", f"is constant, {array.flat[0]:g} everywhere"
-    elif array.dtype.newbyteorder("=") == np.int16 and (cut := int((array == 2**15 - 1).sum())):
+        return
+    for doubt in find_doubts(array):
+        yield "warning", doubt
+    if array.dtype.newbyteorder("=") == np.int16 and (cut := int((array == 2**15 - 1).sum())):
         yield "warning", f"{cut} voxels are at 32767, the largest value of int16: brighter ones were cut off"
     elif array.dtype.newbyteorder("=") == np.int32 and array.max() >= 2**15:
         yield "warning", "holds 32768 and more: int32, or int16 that wrapped around and was put right"

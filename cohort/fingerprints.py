@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+from cohort.preprocess import level_air
 from utils_v2 import bounding_box
 
 GRID = 24  # cells of a thumbnail along each axis
@@ -84,8 +85,9 @@ def make_thumbnail(intensities: np.ndarray) -> np.ndarray:
     """Return the thumbnail (GRID, GRID, GRID) int8 of a volume (D, H, W); all 0 for a constant volume.
 
     Ranks of the voxels in the box around the head, averaged on the grid, less what is smooth in them: all
-    heads are alike in that.
+    heads are alike in that. Air is the darkest, whatever a normalisation left it at (`level_air`).
     """
+    intensities = level_air(intensities)
     thin = intensities[tuple(slice(None, None, -(-size // LONGEST_AXIS)) for size in intensities.shape)]
     if thin.size == 0 or thin.min() == thin.max():
         return np.zeros((GRID,) * 3, np.int8)

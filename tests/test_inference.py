@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from audit.masks import threshold_regions
 from cohort.layouts import CaseSource, find_cases
+from cohort.preprocess import Frame
 from cohort.split import split_cases
 from inference_v2 import (
     VIEWS,
@@ -473,6 +474,60 @@ def test_what_a_crop_cuts_off_has_probability_zero():
     assert not probabilities[:, :2].any()
     assert not probabilities[:, 34:].any()
     np.testing.assert_allclose(probabilities[:, 2:34], sigmoid(volume[0, :, 2:34]), atol=1e-6)
+
+
+def test_a_head_off_centre_is_predicted_whole():
+    # 36 rows, of which 32 are kept: a crop about the middle leaves out the first two.
+    volume = make_volume(1, 2, 36, 20)
+    frame = Frame(((0, 20), (0, 20)))
+    for probabilities in (
+        predict_volume(model_of(Pointwise(), 32), volume, frame=frame)[0],
+        predict_views(model_of(Pointwise(), 32), volume, frame=frame)[0, 0],
+    ):
+        np.testing.assert_allclose(probabilities[:, :32], sigmoid(volume[0, :, :32]), atol=1e-6)
+        assert not probabilities[:, 32:].any()
+
+
+class SizeAware(nn.Module):
+    """Logits that are positive in blobs of one size only: the mean over a disc of 15 pixels."""
+
+    def forward(self, slab: Tensor) -> Tensor:
+        """Return the logits of slabs of blobs at 1 on a ground of 0."""
+        y, x = torch.meshgrid(*[torch.arange(15.0) - 7] * 2, indexing="ij")
+        disc = ((x**2 + y**2 <= 49) / (x**2 + y**2 <= 49).sum()).float()
+        return 40 * (nn.functional.conv2d(slab[:, 1:2], disc[None, None], padding=7) - 0.9)
+
+
+@pytest.mark.parametrize("spacing_mm", [4.0, 2.0, 1.0])
+def test_the_network_sees_heads_at_the_size_it_was_trained_on(spacing_mm):
+    # A blob of 40 mm across has 20 pixels at 2 mm, where the disc fits in at its middle, and 10 at 4 mm,
+    # where it does not. At 1 mm the network without spacings marks a larger area.
+    side = round(160 / spacing_mm)
+    y, x = (np.mgrid[:side, :side] + 0.5) * spacing_mm
+    volume = ((y - 70) ** 2 + (x - 90) ** 2 < 20**2).astype(np.float32)[None, None]
+    same = {"median": 2.0, "low": 2.0, "high": 2.0}
+    model = model_of(SizeAware(), 160)
+    informed = dataclasses.replace(model, checkpoint={"spacing_mm": {"in_plane": same, "slices": same}})
+    frame = Frame(None, (2.0, spacing_mm, spacing_mm))
+    blind, seen = (
+        (predict_volume(each, volume, frame=frame) > 0.5).sum() * spacing_mm**2 for each in (model, informed)
+    )
+    expected = {4.0: 0, 2.0: seen}.get(spacing_mm)
+    assert blind == expected if expected is not None else blind > 1.5 * seen
+    assert 100 < seen < 400  # mm2, at any spacing
+    assert bool(informed.find_doubts(volume.shape[2:], frame)) == (spacing_mm != 2)
+    assert model.find_doubts(volume.shape[2:], frame) == []
+
+
+def test_a_slice_distance_unlike_training_is_said():
+    same = {"median": 2.0, "low": 2.0, "high": 2.0}
+    model = dataclasses.replace(
+        model_of(Pointwise(), 32), checkpoint={"spacing_mm": {"in_plane": same, "slices": same}}
+    )
+    assert model.find_doubts((32, 32), Frame(None, (2.5, 2.0, 2.0))) == []
+    assert model.find_doubts((32, 32), Frame(None, None)) == []
+    (doubt,) = model.find_doubts((32, 32), Frame(None, (5.0, 2.0, 2.0)))
+    assert "slices 5 mm apart where training had 2 mm" in doubt
 
 
 @pytest.mark.parametrize("shape", [(80, 60), (50, 90)])

@@ -8,10 +8,18 @@ from scipy import ndimage
 
 from cohort.preprocess import (
     Z_RANGE,
+    Frame,
     brain_mask,
+    describe_training_spacing,
+    fill_air,
+    find_doubts,
+    find_head_box,
     fit_slices,
     gather_slab,
+    level_air,
     normalise_volume,
+    pixel_mm,
+    place_case,
     place_slices,
     unfit_slices,
 )
@@ -168,6 +176,100 @@ def test_each_modality_is_normalised_by_itself_and_the_brain_is_that_of_the_firs
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Air that is not the darkest
+# ------------------------------------------------------------------------------------------------------------
+
+
+def z_score(intensities: np.ndarray, brain: np.ndarray, air: float = 0.0) -> np.ndarray:
+    """Return z-scores over the brain with another value in air, as other tools write them."""
+    inside = intensities[brain]
+    return np.where(brain, (intensities - inside.mean()) / inside.std(), air).astype(np.float32)
+
+
+def make_deep_head() -> tuple[np.ndarray, np.ndarray]:
+    """Return (intensities, brain) of a head whose darkest tissue is little above air."""
+    return make_head(low=1, high=1000)
+
+
+DISGUISES = {
+    "z over the brain": lambda raw, brain: z_score(raw, brain),
+    "z over the brain, median at 0.8": lambda raw, brain: z_score(raw, brain) + np.float32(0.8) * brain,
+    "z of the whole": lambda raw, _: (raw - raw.mean()) / raw.std(),
+    "-1 to 1": lambda raw, _: 2 * raw / raw.max() - 1,
+    "air below the brain": lambda raw, brain: z_score(raw, brain, z_score(raw, brain).min() - 0.01),
+    "NaN in air": lambda raw, brain: fill_air(np.where(brain, raw, np.nan)),
+    "z, infinite in air": lambda raw, brain: fill_air(z_score(raw, brain, np.inf)),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_normalisation_done_before_changes_no_score(disguise):
+    raw, brain = make_deep_head()
+    changed = DISGUISES[disguise](raw, brain).astype(np.float32)
+    scores, mask = normalise_volume(changed[None])
+    expected, expected_mask = normalise_volume(raw[None])
+    assert (mask ^ expected_mask).sum() <= 0.005 * brain.sum()  # what lies at the edge of 10 %
+    np.testing.assert_allclose(scores, expected, atol=0.02)
+    assert find_doubts(changed) == []
+
+
+def test_tissue_that_happens_to_have_the_value_of_air_stays():
+    # z-scores stored as bytes: every 60th voxel of the brain has the byte of air.
+    raw, brain = make_deep_head()
+    stored = np.where(brain, np.rint(z_score(raw, brain) * 20 + 128), 128).astype(np.float32)
+    assert (stored[brain] == 128).sum() > 20
+    # one byte is 0.05 of an SD, half of that either way, and quartiles are rounded alike
+    inner = ndimage.binary_erosion(brain)  # of the voxels beside air some are lost to it
+    assert np.abs(normalise_one(stored) - normalise_one(raw))[inner].max() < 0.1
+
+
+def test_traces_of_resampling_in_air_are_air():
+    raw, brain = make_deep_head()
+    traces = np.random.default_rng(2).choice([0, 0, 1e-4, -1e-4], raw.shape)
+    stored = np.where(brain, z_score(raw, brain), traces).astype(np.float32)
+    unlike = np.abs(normalise_one(stored) - normalise_one(raw)) > 0.02
+    assert not unlike[~brain].any()
+    assert unlike.sum() <= 0.005 * brain.sum()  # tissue beside air that is as good as equal to it
+
+
+@pytest.mark.parametrize("kind", ["stripped", "with noise in air", "at 32767 in spots", "negative in spots"])
+def test_raw_intensities_are_taken_as_they_are(kind):
+    raw, brain = make_head()
+    generator = np.random.default_rng(1)
+    if kind == "with noise in air":  # Rayleigh: 4 voxels of 10 are below the commonest value
+        raw = np.where(brain, raw, np.rint(generator.rayleigh(12, raw.shape))).astype(np.float32)
+    elif kind != "stripped":
+        raw[0, 0, :4] = 32767 if "32767" in kind else -300
+    assert level_air(raw) is raw
+    assert find_doubts(raw) == []
+
+
+def test_nan_in_the_head_is_left_and_nan_around_it_is_background():
+    raw, brain = make_head()
+    volume = np.where(brain, raw, np.nan).astype(np.float32)
+    assert np.isfinite(fill_air(volume)).all()
+    assert (brain_mask(fill_air(volume)) == brain_mask(np.where(brain, raw, raw[brain].min()))).all()
+    volume[4, 20, 20] = np.nan
+    assert np.argwhere(~np.isfinite(fill_air(volume))).tolist() == [[4, 20, 20]]
+    assert not np.isfinite(fill_air(np.full((2, 4, 4), np.nan))).any()
+
+
+def test_nan_beside_air_takes_the_value_of_that_air():
+    raw, _ = make_head()
+    volume = raw + np.float32(7)
+    volume[:, :, :2] = np.nan  # two columns of air beyond the field of view
+    assert (fill_air(volume) == raw + 7).all()
+
+
+def test_blank_and_inverted_volumes_are_doubted():
+    raw, _ = make_head()
+    assert find_doubts(np.zeros((2, 4, 4), np.float32)) == ["is blank, 0 everywhere"]
+    (doubt,) = find_doubts(raw.max() - raw)
+    assert "inverted" in doubt
+    assert not brain_mask(raw.max() - raw).any()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Native grid and network input
 # ------------------------------------------------------------------------------------------------------------
 
@@ -234,6 +336,53 @@ def test_fitting_and_unfitting_keep_every_cell_that_was_not_cropped(height, widt
         assert (edges[0], side - 1 - edges[1]) == (lost // 2, lost - lost // 2)  # cut alike on both sides
 
 
+def test_a_crop_is_centred_on_the_head_by_hand():
+    # Of 40 rows 32 are kept. The head is rows 2 to 12: its middle is 7, so the crop would begin at -9, and
+    # begins at 0. Columns 9 to 37: the middle is 23, so it begins at 7.
+    placement = place_slices(40, 40, 32, ((2, 12), (9, 37)))
+    assert placement.inner == (40, 40)
+    assert placement.kept == ((0, 32), (7, 39))
+    slices = np.arange(1600, dtype=np.float32).reshape(40, 40) + 1
+    fitted = fit_slices(slices, placement)
+    assert (fitted == slices[0:32, 7:39]).all()
+    restored = unfit_slices(fitted, placement)
+    assert (restored[0:32, 7:39] == slices[0:32, 7:39]).all()
+    assert np.count_nonzero(restored) == 32 * 32
+
+
+@given(height=SIDES, width=SIDES, size=SIZES, ends=st.tuples(*[st.floats(0, 1)] * 4), is_mask=st.booleans())
+def test_nothing_of_the_head_is_ever_outside(height, width, size, ends, is_mask):
+    spans = []
+    for length, pair in ((height, ends[:2]), (width, ends[2:])):
+        first, last = sorted(round(end * (length - 1)) for end in pair)
+        spans.append((first, last + 1))
+    placement = place_slices(height, width, size, tuple(spans))
+    head = np.zeros((height, width), bool)
+    head[spans[0][0] : spans[0][1], spans[1][0] : spans[1][1]] = True
+    fitted = fit_slices(head if is_mask else head.astype(np.float32), placement, is_mask)
+    assert fitted.shape == (size, size)
+    fits = all(last - first <= size for first, last in spans)
+    is_resized = placement.inner != placement.native
+    assert is_resized == (max(height, width) > 1.25 * size or (max(height, width) > size and not fits))
+    if is_resized:
+        assert max(placement.inner) == size
+        assert placement.kept == ((0, placement.inner[0]), (0, placement.inner[1]))
+    elif is_mask:
+        assert fitted.sum() == head.sum()
+        assert (unfit_slices(fitted, placement) == head).all()
+    if max(height, width) <= size:
+        assert placement == place_slices(height, width, size)
+
+
+def test_specks_beside_the_head_do_not_widen_it():
+    brain = np.zeros((3, 50, 60), bool)
+    brain[1, 10:30, 20:45] = True
+    brain[2, 12:33, 20:40] = True
+    brain[0, 0, 0] = brain[1, 49, 5:9] = True
+    assert find_head_box(brain) == ((10, 33), (20, 45))
+    assert find_head_box(np.zeros_like(brain)) is None
+
+
 @given(height=SIDES, width=SIZES, size=SIZES, seed=st.integers(0, 1000))
 def test_masks_are_never_blended_nor_extended(height, width, size, seed):
     placement = place_slices(height, width, size)
@@ -292,6 +441,83 @@ def test_a_resized_mask_is_not_shifted(side, size):
     fitted = fit_slices(mask, placement, is_mask=True)
     assert (fit_slices(mask[::-1], placement, is_mask=True) == fitted[::-1]).all()
     assert (fit_slices(mask[:, ::-1], placement, is_mask=True) == fitted[:, ::-1]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Spacing unlike training
+# ------------------------------------------------------------------------------------------------------------
+
+
+def trained_at(low: float, high: float) -> dict[str, dict[str, float]]:
+    in_plane = {"median": (low + high) / 2, "low": low, "high": high}
+    return {"in_plane": in_plane, "slices": {"median": 4.0, "low": 4.0, "high": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "trained", "inner"),
+    [
+        ((4, 2, 2), (2, 2), (60, 50)),  # as in training
+        ((4, 2.5, 2.5), (2, 2), (60, 50)),  # a quarter more is no more than a quarter
+        ((4, 2.6, 2.6), (2, 2), (78, 65)),
+        ((4, 1.6, 1.6), (2, 2), (60, 50)),
+        ((4, 1.5, 1.5), (2, 2), (45, 38)),  # 37.5 is rounded to even
+        ((4, 4, 4), (2, 2), (120, 100)),
+        ((4, 1, 2), (2, 2), (30, 50)),  # each axis by itself
+        ((4, 4, 4), (1, 4), (60, 50)),  # several sizes: inside of the range
+        ((4, 6, 6), (1, 4), (90, 75)),  # to the end of the range, not to its middle
+        (None, (2, 2), (60, 50)),
+        ((4, 4, 4), None, (60, 50)),
+    ],
+)
+def test_slices_are_resampled_to_the_spacing_of_training(spacing_mm, trained, inner):
+    placement = place_case((60, 50), 128, Frame(None, spacing_mm), trained and trained_at(*trained))
+    assert placement.inner == inner
+    if inner == (60, 50):
+        assert placement == place_slices(60, 50, 128)
+
+
+def test_what_fitting_the_input_does_to_pixels_counts():
+    # 512 pixels of 0.5 mm are resized to 256 of 1 mm, which is what training had.
+    frame = Frame(((100, 400), (80, 420)), (1.0, 0.5, 0.5))
+    usual = place_slices(512, 512, 256, frame.head)
+    assert pixel_mm(frame.spacing_mm, usual) == (1.0, 1.0)
+    assert place_case((512, 512), 256, frame, trained_at(1, 1)) == usual
+    assert describe_training_spacing([(frame, usual)])["in_plane"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_a_resampled_head_that_does_not_fit_is_made_to():
+    # At training's 2 mm the head of 40 pixels of 8 mm would have 160: the 128 of the input are to hold it.
+    placement = place_case((60, 60), 128, Frame(((10, 50), (15, 50)), (4, 8, 8)), trained_at(2, 2))
+    head = np.zeros((60, 60), np.float32)
+    head[10:50, 15:50] = 1
+    fitted = fit_slices(head, placement)
+    # one pixel is 60 / 189 of the file's; all of the head is there, and it fills the input
+    assert placement.inner == (189, 189)
+    np.testing.assert_allclose(fitted.sum() * (60 / 189) ** 2, 40 * 35, rtol=0.01)
+    restored = unfit_slices(fitted, placement)
+    assert ((restored > 0.5) == (head > 0)).all()
+
+
+@pytest.mark.parametrize("spacing_mm", [4.0, 1.0])
+def test_a_resampled_mask_comes_back_where_it_was(spacing_mm):
+    side = round(240 / spacing_mm)
+    y, x = np.mgrid[:side, :side] * spacing_mm
+    blob = ((y - 100) ** 2 + (x - 130) ** 2 < 40**2).astype(np.float32)
+    placement = place_case((side, side), 256, Frame(None, (4, spacing_mm, spacing_mm)), trained_at(2, 2))
+    assert placement.inner == (120, 120)
+    restored = unfit_slices(fit_slices(blob, placement), placement) >= 0.5
+    dice = 2 * (restored & (blob > 0)).sum() / (restored.sum() + blob.sum())
+    assert dice > 0.98
+    np.testing.assert_allclose(ndimage.center_of_mass(restored), ndimage.center_of_mass(blob), atol=0.1)
+
+
+def test_spacings_of_training_by_hand():
+    plain = place_slices(100, 100, 128)
+    cases = [(Frame(None, (mm, 1.0, 2.0)), plain) for mm in (3.0, 5.0)] + [(Frame(None, None), plain)]
+    table = describe_training_spacing(cases)
+    assert table["in_plane"] == {"median": 1.5, "low": 1.0, "high": 2.0}
+    assert table["slices"] == pytest.approx({"median": 4.0, "low": 3.1, "high": 4.9})
+    assert describe_training_spacing(cases[2:]) is None
 
 
 # ------------------------------------------------------------------------------------------------------------
