@@ -26,12 +26,13 @@ from audit.masks import threshold_regions
 from cohort.cases import load_case
 from cohort.layouts import CaseSource, find_cases
 from cohort.preprocess import Z_RANGE, normalise_volume
-from inference_v2 import ONNX_FORMAT, TrainedModel, load_model, load_onnx, predict_volume
+from inference_v2 import TrainedModel, load_model, predict_volume
 from runtime.checkpoints import newest_run
 from runtime.command import Seed, run_command
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_atomically
 from runtime.log import log
+from runtime.onnx_file import ONNX_FORMAT, load_onnx
 from utils_v2 import dice_score
 
 
@@ -54,7 +55,7 @@ class ExportConfig:
 OPSET = 18
 CPU = torch.device("cpu")
 # What of a checkpoint goes into the file: never the data folder or the patients' ids.
-EXPORTED_RESULTS = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice")
+EXPORTED_RESULTS = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice", "reference_ml")
 EXPORTED_SETTINGS = ("modalities", "regions", "context", "size", "widths")
 TOLERANCE = 1e-4  # of probabilities, between the network and its export
 
