@@ -8,14 +8,10 @@ import torch
 from runtime.errors import InputError
 
 # What torch says in a RuntimeError, whatever its type; see torch/utils/data/_utils and c10.
-NO_SHARED_MEMORY = re.compile(
-    r"bus error|shared memory|/torch_\d|\(shm\)|unable to (mmap|write to file|resize|open)", re.IGNORECASE
-)
+NO_SHARED_MEMORY = re.compile(r"bus error|shared memory|/torch_\d|\(shm\)", re.IGNORECASE)
 DEAD_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", re.DOTALL)
-NO_CARD_MEMORY = re.compile(
-    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE
-)
-NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|not enough memory", re.IGNORECASE)
+NO_CARD_MEMORY = re.compile(r"out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED", re.IGNORECASE)
+NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory", re.IGNORECASE)
 
 
 def explain_exhausted(error: BaseException, flags: Collection[str]) -> InputError | None:

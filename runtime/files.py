@@ -93,27 +93,32 @@ def write_output(path: Path, write: Callable[[Path], None], overwrite: bool = Fa
 
     def write_and_list(temporary: Path) -> None:
         write(temporary)
+        line = f"{file_sha256(temporary)}  {path.name}\n"
         # before the file has its name: a program killed here leaves a line too many, not a file too few.
         # One short appended line: several ranks may write to one folder.
         with (path.parent / WRITTEN).open("a", encoding="utf-8") as file:
-            file.write(f"{file_sha256(temporary)}  {path.name}\n")
+            file.write(line)
 
     check_output(path, overwrite)
     write_atomically(path, write_and_list)
 
 
 def check_output_folder(folder: Path, overwrite: bool = False) -> None:
-    """Raise InputError where a folder of outputs holds files and is none of ours; mark it as ours.
+    """Raise InputError where a folder of outputs holds files and is none of ours (`mark_output_folder`).
 
     For commands that write many files of fixed names, such as the audit.
     """
-    is_new = not folder.exists() or not any(folder.iterdir())
+    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_new and not overwrite and not (folder / WRITTEN).is_file():
         raise InputError(
             folder,
             "holds files that this program did not write",
             "choose another --output, or write there with --overwrite",
         )
+
+
+def mark_output_folder(folder: Path) -> None:
+    """Mark a folder of outputs as ours."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WRITTEN).touch()
 
