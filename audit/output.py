@@ -198,7 +198,9 @@ def find_done(output: Output, cases: Sequence[Case]) -> dict[str, list[Row]]:
         except OSError:
             continue
         if is_same and all(is_written_by_us(path) for path in output.paths_of(case)):
-            done[case.case_id] = entry["rows"]
+            mask = label_paths(case, output.folder)[0]  # the folder may have moved since
+            mask = mask.parent if case.layout == "slices" else mask
+            done[case.case_id] = [row | {"mask": str(mask)} for row in entry["rows"]]
     return done
 
 

@@ -21,7 +21,19 @@ _inputs: set[str] = set()  # real paths of the files of cases, in this process
 
 def protect_inputs(paths: Iterable[Path]) -> None:
     """Let nothing in this process write over these files from now on, not even with --overwrite."""
-    _inputs.update(os.path.realpath(path) for path in paths)
+    _inputs.update(map(_real_path, paths))
+
+
+def _real_path(path: Path) -> str:
+    """Return `os.path.realpath`; each folder is looked up once, for cohorts of many thousand files."""
+    if path.is_symlink():
+        return os.path.realpath(path)
+    return str(_real_folder(path.absolute().parent) / path.name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))
 
 
 def refuse_input(path: Path) -> None:
