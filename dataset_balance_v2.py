@@ -35,6 +35,7 @@ from cohort.phantom import choose_data_dir
 from cohort.preprocess import BRAIN_SLICE_VOXELS, Z_RANGE, describe_training_spacing, fit_slices, place_slices
 from runtime.command import Share, run_command
 from runtime.errors import InputError
+from runtime.files import check_output, write_output
 from runtime.log import log
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,6 +51,16 @@ def slice_table(cases: Sequence[PreparedCase], regions: Sequence[str]) -> pd.Dat
         columns |= dict(zip(regions, case.region_voxels, strict=True))
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
+
+
+def reference_range(cases: Sequence[PreparedCase], regions: Sequence[str]) -> dict[str, list[float]]:
+    """Return {region: [smallest, largest]} of the reference volumes in ml; empty references do not count."""
+    ranges = {}
+    for index, region in enumerate(regions):
+        volumes = [sum(case.region_voxels[index]) * float(np.prod(case.spacing_mm)) / 1000 for case in cases]
+        if positive := [volume for volume in volumes if volume > 0]:
+            ranges[region] = [min(positive), max(positive)]
+    return ranges
 
 
 def slice_kind(table: pd.DataFrame) -> np.ndarray:
@@ -261,6 +272,8 @@ class BalanceConfig:
     """read every file of the cohort instead, list what is wrong, end with exit code 1 on errors"""
     check_csv: str = "results/check.csv"
     """table that --check writes"""
+    overwrite: bool = False
+    """replace a plot or table that this program did not write"""
     clear_cache: bool = False
     """remove the cache and do nothing else"""
 
@@ -268,7 +281,8 @@ class BalanceConfig:
 def check_data(config: BalanceConfig, source: CaseSource) -> None:
     """Check every file of a cohort, log and write what is wrong; exit code 1 on errors."""
     cases, problems = check_cohort(source, config.modalities)
-    write_problems(Path(config.check_csv), problems)
+    table = Path(config.check_csv)
+    write_output(table, lambda target: write_problems(target, problems), config.overwrite)
     log_cases(cases)
     log_problems(cases, problems)
     log.info(f"table: {config.check_csv}")
@@ -281,6 +295,7 @@ def main(config: BalanceConfig) -> None:
     if config.clear_cache:
         log.info(f"{config.cache_dir}: removed {clear_cache(config.cache_dir) / 1e9:.3g} GB")
         return
+    check_output(Path(config.check_csv if config.check else config.output), config.overwrite)
     source = dataclasses.replace(config.cases, data_dir=choose_data_dir(config.cases.data_dir))
     if config.check:
         check_data(config, source)
@@ -300,7 +315,8 @@ def main(config: BalanceConfig) -> None:
     before = counts / len(table)
     shares = {"as stored": before.map("{:.1%}".format), "as drawn": after.map("{:.1%}".format)}
     log.info(pd.DataFrame({"slices": counts, **shares}).to_string())
-    plot_balance(before, after, Path(config.output))
+    plot = Path(config.output)
+    write_output(plot, lambda target: plot_balance(before, after, target), config.overwrite)
     log.info(f"plot: {config.output}")
 
 

@@ -26,12 +26,13 @@ from audit.masks import threshold_regions
 from cohort.cases import load_case
 from cohort.layouts import CaseSource, find_cases
 from cohort.preprocess import Z_RANGE, normalise_volume
-from inference_v2 import ONNX_FORMAT, TrainedModel, load_model, load_onnx, predict_volume
+from inference_v2 import TrainedModel, load_model, predict_volume
 from runtime.checkpoints import newest_run
 from runtime.command import Seed, run_command
 from runtime.errors import InputError
-from runtime.files import file_sha256, write_atomically
+from runtime.files import check_output, file_sha256, protect_inputs, write_output
 from runtime.log import log
+from runtime.onnx_file import ONNX_FORMAT, load_onnx
 from utils_v2 import dice_score
 
 
@@ -45,6 +46,8 @@ class ExportConfig:
     """format of the file"""
     output: str | None = None
     """file to write; default: model.onnx or model.pt2 beside the checkpoint"""
+    overwrite: bool = False
+    """replace a file that this program did not write"""
     check_input: str | None = None
     """case folder to check the export on; default: one batch of noise"""
     seed: Seed = 0
@@ -54,7 +57,8 @@ class ExportConfig:
 OPSET = 18
 CPU = torch.device("cpu")
 # What of a checkpoint goes into the file: never the data folder or the patients' ids.
-EXPORTED_RESULTS = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice", "spacing_mm")
+EXPORTED_RESULTS = ("thresholds", "postprocessing", "data_kind", "epoch", "validation_dice")
+EXPORTED_RESULTS += ("spacing_mm", "reference_ml")
 EXPORTED_SETTINGS = ("modalities", "regions", "context", "size", "widths")
 TOLERANCE = 1e-4  # of probabilities, between the network and its export
 
@@ -63,6 +67,7 @@ def describe_checkpoint(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any
     """Return the metadata of an exported file, as plain values."""
     config = {name: checkpoint["config"][name] for name in EXPORTED_SETTINGS}
     results = {name: checkpoint[name] for name in EXPORTED_RESULTS if name in checkpoint}
+    results.setdefault("thresholds", [0.5] * len(config["regions"]))  # last.pt has none
     return {"config": config, **results, "opset": OPSET, "checkpoint_sha256": file_sha256(path)}
 
 
@@ -72,7 +77,9 @@ def trace_network(network: nn.Module, in_channels: int, size: int) -> torch.expo
     return torch.export.export(network, (slabs,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def write_onnx(program: torch.export.ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
+def write_onnx(
+    program: torch.export.ExportedProgram, metadata: dict[str, Any], path: Path, overwrite: bool = False
+) -> None:
     """Write a graph as one ONNX file; InputError where a package is missing."""
     try:
         import onnx
@@ -94,13 +101,15 @@ def write_onnx(program: torch.export.ExportedProgram, metadata: dict[str, Any], 
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     properties = {name: json.dumps(value) for name, value in metadata.items()}
     onnx.helper.set_model_props(model, {"format": ONNX_FORMAT, **properties})
-    write_atomically(path, lambda target: onnx.save(model, str(target)))
+    write_output(path, lambda target: onnx.save(model, str(target)), overwrite)
 
 
-def write_program(program: torch.export.ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
+def write_program(
+    program: torch.export.ExportedProgram, metadata: dict[str, Any], path: Path, overwrite: bool = False
+) -> None:
     """Write a graph as a torch.export file; `torch.export.load(path).module()` needs no code of ours."""
     extra = {"metadata.json": json.dumps(metadata)}
-    write_atomically(path, lambda target: torch.export.save(program, str(target), extra_files=extra))
+    write_output(path, lambda target: torch.export.save(program, str(target), extra_files=extra), overwrite)
 
 
 def load_export(path: Path, like: TrainedModel) -> TrainedModel:
@@ -159,6 +168,8 @@ def main(config: ExportConfig) -> None:
         raise InputError(f"--output {path}", f"a file of --format {config.format} ends in {suffix}")
     if checkpoint.suffix == ".onnx":
         raise InputError(checkpoint, "is an exported file already", "name the best.pt of a run")
+    protect_inputs([checkpoint])
+    check_output(path, config.overwrite)
     model = load_model(checkpoint, CPU, amp=False)
     metadata = describe_checkpoint(checkpoint, model.checkpoint)
     in_channels = len(model.modalities) * (2 * model.context + 1)
@@ -166,7 +177,7 @@ def main(config: ExportConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about itself; a user cannot act on it
         program = trace_network(model.network, in_channels, model.size)
-        (write_onnx if config.format == "onnx" else write_program)(program, metadata, path)
+        (write_onnx if config.format == "onnx" else write_program)(program, metadata, path, config.overwrite)
         kind = f"ONNX, opset {OPSET}" if config.format == "onnx" else "torch.export"
         log.info("%s: %s, slab (any N, %d, %d, %d), float32", path, kind, in_channels, model.size, model.size)
         check_export(model, path, config, in_channels)

@@ -40,7 +40,13 @@ from inference_v2 import VIEWS, TrainedModel, choose_threads, load_model, predic
 from runtime.checkpoints import newest_run
 from runtime.command import Count, Seed, command_line, run_command
 from runtime.errors import InputError
-from runtime.files import file_sha256, write_atomically, write_json
+from runtime.files import (
+    check_output_folder,
+    file_sha256,
+    mark_output_folder,
+    write_atomically,
+    write_json,
+)
 from runtime.log import log, progress
 from runtime.machine import DeviceName, choose_device, describe_machine, describe_versions, set_seed
 from runtime.ranks import (
@@ -78,7 +84,9 @@ class EvaluationConfig:
     compare: tuple[str, ...] = ()
     """two audited run folders to compare over their common test cases, and nothing else"""
     output: str | None = None
-    """folder to write to; default: RUN/evaluation"""
+    """folder to write to, empty or of an earlier audit; default: RUN/evaluation"""
+    overwrite: bool = False
+    """write to a folder that holds files of others too"""
     allow_seen: bool = False
     """audit test cases that were in training or validation too, and mark the output"""
     cache_dir: str = "cache"
@@ -101,8 +109,12 @@ class EvaluationConfig:
 def main(config: EvaluationConfig) -> None:
     """Audit a run and write its numbers, plots and report; or compare two that were audited."""
     join_ranks()
+    if config.output and is_main():
+        check_output_folder(Path(config.output), config.overwrite)
     if config.compare:
         if is_main():
+            if config.output:
+                mark_output_folder(Path(config.output))
             compare_runs(config.compare, config.output, config.seed)
         return
     set_seed(config.seed)
@@ -116,6 +128,7 @@ def main(config: EvaluationConfig) -> None:
     training = cohorts.pop("train", [])
     leakage, seen = None, None
     if is_main():
+        mark_output_folder(folder)
         known = identify_seen(model.checkpoint, [*training, *cohorts["validation"]])
         leakage, seen = search_leakage(folder / "leakage.csv", cohorts, known, config.allow_seen)
     leakage, seen = from_main((leakage, seen))

@@ -5,35 +5,40 @@
 
 Writes one NIfTI mask per case (labels as in the case's layout, its affine and header; PNG masks for PNG
 cases), an overlay picture per case, and `volumes.csv`. While one case is computed, a thread reads the next
-and another writes the last. Masks are for research, not for clinical use.
+and another writes the last. A case that cannot be read is listed with the reason, the others are done, and
+the exit code is 1. Masks are for research, not for clinical use.
 """
 
 import dataclasses
 import functools
-import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from audit.masks import postprocess, settings_of, threshold_regions
-from audit.overlays import plot_overlay
-from cohort.cases import Case, load_case, log_warnings, save_labels
-from cohort.labels import labels_from_regions
-from cohort.layouts import (
-    CaseSource,
-    Channel,
-    LayoutName,
-    cases_of_files,
-    find_cases,
-    find_cases_of_run,
-    log_cases,
+from audit.output import (
+    Output,
+    Prediction,
+    ReadCase,
+    Row,
+    check_outputs,
+    digest,
+    failed_row,
+    find_done,
+    log_table,
+    warn_of_intensities,
+    write_case,
+    write_table,
 )
+from cohort.cases import Case, load_case
+from cohort.inputs import find_readable
+from cohort.layouts import CaseSource, Channel, LayoutName, find_cases_of_run, log_cases
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
     Frame,
@@ -54,10 +59,11 @@ from runtime import cpu_threads
 from runtime.checkpoints import load_checkpoint, load_weights, newest_run
 from runtime.command import Count, Share, run_command
 from runtime.errors import InputError
-from runtime.files import write_atomically
+from runtime.files import protect_inputs
 from runtime.log import log, progress
 from runtime.machine import DeviceName, amp_dtype, choose_device
-from runtime.probe import Batch, compile_network, try_pass
+from runtime.onnx_file import OnnxNetwork, load_onnx
+from runtime.probe import Batch, FixedBatch, compile_network, try_pass
 from runtime.ranks import (
     end_together,
     from_main,
@@ -66,6 +72,7 @@ from runtime.ranks import (
     join_ranks,
     local_device,
     share_of,
+    wait_for_all,
 )
 from runtime.threads import read_ahead, write_behind
 
@@ -85,9 +92,15 @@ class InferenceConfig:
     slice_channel: Channel = 1
     """channel of RGB slices that holds FLAIR: 0, 1 or 2"""
     checkpoint: str | None = None
-    """best.pt of a run, or an ONNX file of export_v2.py; default: the newest run in results/"""
+    """best.pt or last.pt of a run, or an ONNX file of export_v2.py; default: the newest run in results/"""
     output: str = "predictions"
-    """folder to write to"""
+    """folder to write to; files of the cases are never replaced, there or elsewhere"""
+    overwrite: bool = False
+    """replace other files too that this program did not write, by the list `.drunet_written` in the folder"""
+    skip_done: bool = False
+    """leave out cases whose masks are there, by the same network and settings, of the same files"""
+    probabilities: bool = False
+    """write the probabilities of each region as NIfTI, and with TTA their spread (SD) over its views"""
     tta: bool = True
     """average identity, horizontal and vertical flip"""
     threshold: Share | None = None
@@ -169,13 +182,16 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
         dtype = amp_dtype(device, amp)
         network = prepare_network(network, device, dtype)
     config = checkpoint["config"]
+    if "thresholds" not in checkpoint:  # last.pt: they are chosen for best.pt alone
+        log.info("%s has no thresholds and no post-processing, as best.pt has: 0.5, and none", path)
+    thresholds = checkpoint.get("thresholds") or (0.5,) * len(config["regions"])
     return TrainedModel(
         network=network,
         modalities=tuple(config["modalities"]),
         regions=tuple(config["regions"]),
         context=config["context"],
         size=config["size"],
-        thresholds=tuple(checkpoint["thresholds"]),
+        thresholds=tuple(thresholds),
         device=torch.device("cpu") if is_onnx else device,
         dtype=dtype,
         checkpoint=checkpoint,
@@ -218,6 +234,28 @@ def predict_volume(
         mean = output.mean(0).cpu().numpy()  # taken before anything leaves the device
         probabilities[:, slices] = unfit_slices(mean, placement).transpose(1, 0, 2, 3)
     return probabilities
+
+
+@torch.inference_mode()
+def predict_with_spread(
+    model: TrainedModel,
+    volume: np.ndarray,
+    brain_voxels: Sequence[int] | None = None,
+    batch_size: int = 16,
+    frame: Frame = UNKNOWN_FRAME,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probabilities of `predict_volume` with TTA, and their standard deviation over its views.
+
+    Both (R, D, H, W) float32. The deviation is that of the three views there are (divisor 3): 0 where all
+    agree, 0.47 at most.
+    """
+    placement = model.place(volume.shape[2:], frame)
+    mean = np.zeros((len(model.regions), *volume.shape[1:]), np.float32)
+    spread = np.zeros_like(mean)
+    for slices, output in _predict_slices(model, volume, brain_voxels, tuple(VIEWS), batch_size, placement):
+        for moment, values in ((mean, output.mean(0)), (spread, output.std(0, correction=0))):
+            moment[:, slices] = unfit_slices(values.cpu().numpy(), placement).transpose(1, 0, 2, 3)
+    return mean, spread
 
 
 @torch.inference_mode()
@@ -279,8 +317,14 @@ def _predict_slices(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path) -> list[Case]:
-    """Return the cases to segment: those named, or the held-out test cases of the checkpoint's run."""
+def choose_inputs(
+    config: InferenceConfig, model: TrainedModel, checkpoint: Path, failed: list[Row] | None = None
+) -> list[Case]:
+    """Return the cases to segment: those named, or the held-out test cases of the checkpoint's run.
+
+    Cases that cannot be told or lack a modality are left out and added to `failed`, as rows of volumes.csv.
+    Raises InputError where no case is left.
+    """
     if not config.input:
         settings = model.checkpoint["config"]
         if "data_dir" not in settings:
@@ -289,91 +333,99 @@ def choose_inputs(config: InferenceConfig, model: TrainedModel, checkpoint: Path
         log.info("no --input: segmenting the held-out test cases of %s", data_dir)
         cases = find_cases_of_run(settings, data_dir)
         return cases_of_split(cases, read_split(checkpoint.parent / "split.json"), "test", data_dir)
-    cases: list[Case] = []
-    for name in config.input:
-        if Path(name).is_file():
-            cases += cases_of_files([Path(name)], model.modalities)
-        else:
-            cases += find_cases(
-                CaseSource(name, config.layout, slice_channel=config.slice_channel), model.modalities
-            )
-    ids = [case.case_id for case in cases]
-    if twice := [case_id for case_id in ids if ids.count(case_id) > 1]:
-        raise InputError(
-            "--input",
-            f"case {twice[0]} occurs twice, and one would overwrite the other",
-            "segment them apart",
-        )
+    cases, errors = find_readable(
+        config.input, CaseSource(layout=config.layout, slice_channel=config.slice_channel), model.modalities
+    )
+    if failed is not None:
+        failed += [failed_row(name, error) for name, error in errors]
     return cases
-
-
-class ReadCase(NamedTuple):
-    """A case as the network and the overlay need it."""
-
-    case: Case
-    volume: np.ndarray  # (C, D, H, W) normalised
-    brain_voxels: np.ndarray  # (D,)
-    intensities: np.ndarray  # (D, H, W) of the first modality, as in the file
-    spacing_mm: tuple[float, float, float]
-    frame: Frame
-    doubts: tuple[str, ...]  # what is odd about the intensities, one sentence each
 
 
 def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
     """Read and normalise one case; of the raw intensities only those of the first modality stay."""
-    loaded = load_case(case, modalities)
-    log_warnings([(case.case_id, loaded.warnings)])
+    loaded = load_case(case, modalities, with_labels=False)
     volume, brain = normalise_volume(loaded.volume)
+    brain_voxels = brain.sum((1, 2))
+    warnings = [*loaded.warnings, *warn_of_intensities(loaded.volume, brain_voxels, modalities)]
+    for name, intensities in zip(modalities, loaded.volume, strict=True):
+        warnings += [f"{name} {doubt}" for doubt in find_doubts(intensities)]
     frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
-    doubts = [
-        f"{name} {doubt}"
-        for name, intensities in zip(modalities, loaded.volume, strict=True)
-        for doubt in find_doubts(intensities)
-    ]
     first = loaded.volume[0].copy()
-    return ReadCase(case, volume, brain.sum((1, 2)), first, loaded.spacing_mm, frame, tuple(doubts))
+    return ReadCase(case, volume, brain_voxels, first, loaded.spacing_mm, frame, tuple(warnings))
 
 
-def write_case(
-    read: ReadCase, masks: np.ndarray, regions: Sequence[str], output: Path
-) -> list[dict[str, Any]]:
-    """Write a case's labels and overlay; return its rows of volumes.csv, one per region."""
-    case = read.case
-    written = save_labels(labels_from_regions(masks, regions, case.convention), case, output)
-    overlay = output / f"{case.case_id}_overlay.png"
-    plot_overlay(overlay, case.case_id, read.intensities, masks, regions, read.spacing_mm)
-    voxel_ml = float(np.prod(read.spacing_mm)) / 1000
-    spacing = "1 mm assumed, unknown" if case.layout == "slices" else "from the file"
-    return [
-        {"case": case.case_id, "region": region, "volume_ml": round(mask.sum() * voxel_ml, 3)}
-        | {"slices": int(mask.any((1, 2)).sum()), "spacing": spacing, "mask": str(written)}
-        for region, mask in zip(regions, masks, strict=True)
-    ]
+def thresholds_of(config: InferenceConfig, model: TrainedModel) -> tuple[float, ...]:
+    """Return the threshold per region: the one asked for, else the checkpoint's."""
+    return model.thresholds if config.threshold is None else (config.threshold,) * len(model.regions)
 
 
-def segment_cases(
-    config: InferenceConfig, model: TrainedModel, cases: Sequence[Case]
-) -> Iterator[list[dict[str, Any]]]:
-    """Segment cases and write their masks and overlays; yield each case's rows of volumes.csv, in order."""
-    thresholds = model.thresholds if config.threshold is None else (config.threshold,) * len(model.regions)
+def choose_output(config: InferenceConfig, model: TrainedModel) -> Output:
+    """Return where and what to write."""
+    known = model.checkpoint
+    made_by = {
+        "weights": known.get("weights_sha256") or known.get("checkpoint_sha256"),
+        "thresholds": thresholds_of(config, model),
+        "tta": config.tta,
+        "postprocessing": settings_of(known) if config.postprocess else {},
+    }
+    maps = (("probability", "spread") if config.tta else ("probability",)) if config.probabilities else ()
+    return Output(
+        folder=Path(config.output),
+        regions=model.regions,
+        overwrite=config.overwrite,
+        made_by=digest(made_by),
+        maps=maps,
+        usual_ml=known.get("reference_ml"),
+    )
 
-    def compute() -> Iterator[Callable[[], list[dict[str, Any]]]]:
-        for read in read_ahead(cases, lambda case: read_case(case, model.modalities)):
-            for doubt in (*read.doubts, *model.find_doubts(read.volume.shape[2:], read.frame)):
-                log.warning("%s: %s", read.case.case_id, doubt)
-            probabilities = predict_volume(
-                model, read.volume, read.brain_voxels, config.tta, config.batch_size, read.frame
-            )
-            masks = threshold_regions(probabilities, thresholds, model.regions)
-            if config.postprocess:
-                masks = postprocess(masks, model.regions, read.spacing_mm, settings_of(model.checkpoint))
-            yield functools.partial(write_case, read, masks, model.regions, Path(config.output))
+
+def predict_case(config: InferenceConfig, model: TrainedModel, read: ReadCase) -> Prediction:
+    """Return the masks of a case, and its probabilities and their spread where they are asked for."""
+    inputs = (model, read.volume, read.brain_voxels)
+    spread = None
+    if config.probabilities and config.tta:
+        probabilities, spread = predict_with_spread(*inputs, config.batch_size, read.frame)
+    else:
+        probabilities = predict_volume(*inputs, config.tta, config.batch_size, read.frame)
+    masks = threshold_regions(probabilities, thresholds_of(config, model), model.regions)
+    if config.postprocess:
+        masks = postprocess(masks, model.regions, read.spacing_mm, settings_of(model.checkpoint))
+    return Prediction(masks, probabilities if config.probabilities else None, spread)
+
+
+def segment_cases(config: InferenceConfig, model: TrainedModel, cases: Sequence[Case]) -> Iterator[list[Row]]:
+    """Segment cases and write their masks and overlays; yield each case's rows of volumes.csv, in order.
+
+    A case that cannot be read or written gets one row, with the reason under "error".
+    """
+    output = choose_output(config, model)
+
+    def try_read(case: Case) -> ReadCase | list[Row]:
+        try:
+            return read_case(case, model.modalities)
+        except (InputError, OSError) as error:
+            return [failed_row(case.case_id, error)]
+
+    def try_write(read: ReadCase, prediction: Prediction) -> list[Row]:
+        try:
+            return write_case(read, prediction, output)
+        except InputError as error:  # of an OSError, such as a full disk, the next case would die too
+            return [failed_row(read.case.case_id, error)]
+
+    def compute() -> Iterator[Callable[[], list[Row]]]:
+        for read in read_ahead(cases, try_read):
+            if isinstance(read, ReadCase):
+                doubts = model.find_doubts(read.volume.shape[2:], read.frame)
+                read = read._replace(warnings=(*read.warnings, *doubts))
+                yield functools.partial(try_write, read, predict_case(config, model, read))
+            else:
+                yield functools.partial(list, read)
 
     return write_behind(compute())
 
 
 def main(config: InferenceConfig) -> None:
-    """Segment cases and write masks, overlays and the volume table.
+    """Segment cases and write masks, overlays and the volume table; exit code 1 where a case failed.
 
     Ranks share the cases; each writes the masks and overlays of its own, the main one the table of all.
     """
@@ -381,47 +433,46 @@ def main(config: InferenceConfig) -> None:
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_run(Path("results")) / "best.pt"
     checkpoint = from_main(checkpoint)
     model = load_model(checkpoint, local_device(choose_device(config.device)), config.amp)
-    cases = from_main(choose_inputs(config, model, checkpoint) if is_main() else None)
+    failed: list[Row] = []
+    cases = from_main(choose_inputs(config, model, checkpoint, failed) if is_main() else None)
+    protect_inputs([checkpoint, *(path for case in cases for path in case.files)])
+    output = choose_output(config, model)
+    if is_main():
+        check_outputs(output, cases)
+    done = from_main(find_done(output, cases) if is_main() and config.skip_done else {})
     if config.compile:
         model = compile_model(model, config.batch_size, config.tta)
     log_cases(cases)
     choose_threads(model, config.batch_size)
-    own_cases = share_of(cases)
+    if done:
+        log.info("%d of %d cases are done already", len(done), len(cases))
+    waiting = [case for case in cases if case.case_id not in done]
+    own_cases = share_of(waiting)
     segmented = segment_cases(config, model, own_cases)
     rows_by_case = gather_shares(list(progress(segmented, "segmenting", "case", len(own_cases))))
-    if not is_main():
-        return
-    output = Path(config.output)
-    table = pd.DataFrame([row for rows in rows_by_case for row in rows])
-    write_atomically(output / "volumes.csv", lambda target: table.to_csv(target, index=False))
-    log.info("%s", table.drop(columns="mask").to_string(index=False))
+    done |= {case.case_id: rows for case, rows in zip(waiting, rows_by_case, strict=True)}
+    rows = [row for case in cases for row in done[case.case_id]] + from_main(failed)
+    if is_main():
+        report(output, model, rows)
+    wait_for_all()  # torchrun stops the other ranks once one has ended with an exit code
+    if any(row.get("error") for row in rows):
+        sys.exit(1)
+
+
+def report(output: Output, model: TrainedModel, rows: Sequence[Row]) -> None:
+    """Write volumes.csv and log what is in it."""
+    table = write_table(output, rows)
+    failures = log_table(table, rows)
     if model.checkpoint["data_kind"] == "phantom":
         log.warning("the network was trained on synthetic phantoms; its masks of real scans mean nothing")
-    log.info("masks, overlays and volumes.csv are in %s", output)
+    log.info("masks, overlays and volumes.csv are in %s", output.folder)
+    if failures:
+        log.error("%d case(s) failed; `error` in volumes.csv says why", failures)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Compiled and exported networks
+# Compiled networks
 # ------------------------------------------------------------------------------------------------------------
-
-ONNX_FORMAT = "drunet-v2-onnx/1"
-
-
-class FixedBatch(nn.Module):
-    """A network that always sees one batch size, filled up with zeros: torch compiles again for another."""
-
-    def __init__(self, network: nn.Module, batch_size: int) -> None:
-        super().__init__()
-        self.network = network
-        self.batch_size = batch_size
-
-    def forward(self, slab: Tensor) -> Tensor:
-        """Return the logits of at most `batch_size` slabs."""
-        free = self.batch_size - len(slab)
-        if free:
-            slab = torch.cat([slab, slab.new_zeros(free, *slab.shape[1:])])
-            slab = slab.contiguous(memory_format=torch.channels_last)
-        return self.network(slab)[: self.batch_size - free]
 
 
 def choose_threads(model: TrainedModel, batch_size: int) -> None:
@@ -443,59 +494,6 @@ def compile_model(model: TrainedModel, batch_size: int, tta: bool) -> TrainedMod
     compiled = compile_network(model.network, functools.partial(try_pass, batch=batch), freeze=True)
     is_compiled = compiled is not model.network
     return dataclasses.replace(model, network=FixedBatch(compiled, slabs)) if is_compiled else model
-
-
-class OnnxNetwork(nn.Module):
-    """An ONNX file in place of the network: slabs (N, C*K, S, S) in, logits (N, R, S, S) out."""
-
-    def __init__(self, session: Any) -> None:
-        super().__init__()
-        self.session = session
-
-    def forward(self, slab: Tensor) -> Tensor:
-        """Return the logits of a batch of slabs, in float32 on the CPU."""
-        (logits,) = self.session.run(["logits"], {"slab": slab.float().cpu().contiguous().numpy()})
-        return torch.from_numpy(logits)
-
-
-def load_onnx(path: str | Path, device: torch.device) -> tuple[OnnxNetwork, dict[str, Any]]:
-    """Return an exported network and its metadata; see export_v2 for what that holds.
-
-    Runs on CUDA where `device` is a CUDA device and onnxruntime has it, on the CPU elsewhere. Raises
-    InputError where onnxruntime is missing, or the file is missing, damaged or not of export_v2.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise InputError(
-            path, "an ONNX file needs the package onnxruntime", "pip install onnxruntime"
-        ) from error
-    if not Path(path).is_file():
-        raise InputError(path, "no such file", "write one with export_v2.py")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, _choose_providers(onnxruntime, device))
-    except Exception as error:
-        # onnxruntime raises a dozen types of its own for a file that is foreign or cut short
-        raise InputError(
-            path, f"not a readable ONNX file ({type(error).__name__})", "export it again"
-        ) from error
-    properties = session.get_modelmeta().custom_metadata_map
-    if properties.get("format") != ONNX_FORMAT:
-        raise InputError(path, "not a network of this project", "write one with export_v2.py")
-    return OnnxNetwork(session), {
-        name: json.loads(value) for name, value in properties.items() if name != "format"
-    }
-
-
-def _choose_providers(onnxruntime: Any, device: torch.device) -> list[str | tuple[str, dict[str, int]]]:
-    providers = onnxruntime.get_available_providers()
-    if device.type == "cuda" and "CUDAExecutionProvider" in providers:
-        card = {"device_id": device.index or 0}  # else all ranks would take the first
-        return [("CUDAExecutionProvider", card), "CPUExecutionProvider"]
-    return ["CPUExecutionProvider"]
 
 
 if __name__ == "__main__":

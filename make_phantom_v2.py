@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from cohort.phantom import FIRST_ID, MODALITIES, Phantom, make_phantom, write_cohort
+from cohort.phantom import FIRST_ID, MODALITIES, Phantom, check_phantom_folder, make_phantom, write_cohort
 from runtime.command import Count, Seed, run_command
-from runtime.files import write_atomically
+from runtime.files import check_output, write_atomically, write_output
 from runtime.log import log
 
 
@@ -53,16 +53,22 @@ class PhantomConfig:
     """voxel size in mm along D H W; BraTS is 1 1 1"""
     preview: bool = False
     """also write preview.png, the first case to look at, to the folder"""
+    overwrite: bool = False
+    """replace files that this program did not write, should some have the names of phantoms"""
 
 
 def main(config: PhantomConfig) -> None:
     """Write a cohort as the config says."""
-    output = Path(config.output)
+    output, preview = Path(config.output), Path(config.output) / "preview.png"
+    if not config.overwrite:
+        check_phantom_folder(output, config.cases, config.style)
+    if config.preview:
+        check_output(preview, config.overwrite)
     folders = write_cohort(output, config.cases, config.seed, config.shape, config.spacing_mm, config.style)
     if config.preview:
         first_seed = 100_000 * config.seed + FIRST_ID[config.style]
         first = make_phantom(first_seed, config.shape, config.spacing_mm, config.style)
-        draw_preview(output / "preview.png", first)
+        write_output(preview, lambda target: draw_preview(target, first), config.overwrite)
     log.info(f"{len(folders)} synthetic phantoms (no BraTS data) of style {config.style} in {output}")
 
 

@@ -585,6 +585,7 @@ def main(config: TrainConfig) -> None:
     seen = [leakage.identify_case(case) for case in (*cases["train"], *cases["validation"])]
     run.facts.update(leakage.pack_identities(seen))
     run.facts["spacing_mm"] = dataset.training_spacing(cases["train"], config.size)
+    run.facts["reference_ml"] = dataset.reference_range(cases["train"], config.cases.regions)
     loader = make_loader(run, cases["train"])
     log_start(run, chosen, state.network, loader)
     dataset.warn_of_crop([*cases["train"], *cases["validation"]], config.size, state.network.multiple)

@@ -10,7 +10,7 @@ import itertools
 import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,6 +64,11 @@ class Case:
     slice_channel: int = 1  # which channel of RGB slices is FLAIR
     volume_index: Mapping[str, int] = field(default_factory=dict)  # per modality, in files of four axes
     aliases: tuple[str, ...] = ()  # other ids of this scan or patient, by a mapping sheet
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the case: those of all its modalities, and its reference."""
+        return (*(path for paths in self.modalities.values() for path in paths), *self.mask)
 
 
 @dataclass(frozen=True)
@@ -447,8 +452,10 @@ def _file_with_value(case: Case, value: float) -> Path:
     return case.mask[0]
 
 
-def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
+def load_case(case: Case, modalities: Sequence[str] = ("flair",), with_labels: bool = True) -> LoadedCase:
     """Read a case's modalities, in the order given, and its labels where it has a mask.
+
+    Without `with_labels` the mask is not opened, and the labels are None.
 
     Raises InputError naming the file where one is unreadable, differs in shape, or holds an unknown label.
     The spacing of PNG and TIF slices is unknown and stated as 1 mm.
@@ -473,7 +480,7 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
             warnings.append(copy)
         volumes.append(array.astype(np.float32))
     labels = None
-    if case.mask:
+    if case.mask and with_labels:
         labels, mask_affine = read_labels(case)
         check_affine(case.mask[0], mask_affine, affine)
     if labels is not None and labels.shape != volumes[0].shape:
@@ -484,37 +491,67 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
     return LoadedCase(np.stack(volumes), labels, affine, measure_spacing(affine), tuple(warnings))
 
 
-def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
+Write = Callable[[Path, Callable[[Path], None]], None]  # as `write_atomically`
+
+
+def is_stack_case(case: Case) -> bool:
+    """Return whether a case is one multi-page TIF."""
+    return case.layout == "slices" and is_stack(next(iter(case.modalities.values()))[0])
+
+
+def label_paths(case: Case, output_dir: Path) -> list[Path]:
+    """Return the files that `save_labels` writes."""
+    paths = next(iter(case.modalities.values()))
+    if is_stack_case(case):
+        return [output_dir / f"{case.case_id}_mask.tif"]
+    if case.layout == "slices":
+        return [output_dir / case.case_id / f"{path.stem}_mask.png" for path in paths]
+    joint = "-" if case.layout in ("brats2023", "brats2024") else "_"
+    return [output_dir / f"{case.case_id}{joint}seg.nii.gz"]
+
+
+def save_labels(labels: np.ndarray, case: Case, output_dir: Path, write: Write = write_atomically) -> Path:
     """Write predicted labels (D, H, W) beside a case's geometry and return the path.
 
     NIfTI cases: `<case>_seg.nii.gz` (`<case>-seg.nii.gz` from BraTS 2023 on), uint8, in the orientation,
     affine and header of the case's first modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`,
-    0 and 255. A multi-page TIF: `<case>_mask.tif` of as many pages, 0 and 255.
+    0 and 255. A multi-page TIF: `<case>_mask.tif` of as many pages, 0 and 255. `write` decides whether a file
+    that is there may be replaced.
     """
-    paths = next(iter(case.modalities.values()))
-    if case.layout == "slices" and is_stack(paths[0]):
+    paths = label_paths(case, output_dir)
+    if is_stack_case(case):
         pages = list((labels > 0).astype(np.uint8) * 255)
-        output = output_dir / f"{case.case_id}_mask.tif"
-        write_atomically(output, lambda target: _write_stack(target, pages))
-        return output
+        write(paths[0], lambda target: _write_stack(target, pages))
+        return paths[0]
     if case.layout == "slices":
-        folder = output_dir / case.case_id
         for path, pixels in zip(paths, labels, strict=True):
             binary = (pixels > 0).astype(np.uint8) * 255
-            write_atomically(
-                folder / f"{path.stem}_mask.png", lambda target, b=binary: _write_picture(target, b)
-            )
-        return folder
-    image = read_nifti_header(paths[0])
+            write(path, lambda target, b=binary: _write_picture(target, b))
+        return paths[0].parent
+    write(paths[0], lambda target: nib.save(_as_image(labels, case, np.uint8), target))
+    return paths[0]
+
+
+def save_map(values: np.ndarray, case: Case, path: Path, write: Write = write_atomically) -> None:
+    """Write a map (D, H, W), such as probabilities, as float32 NIfTI on the grid of a case.
+
+    NIfTI cases give it orientation, affine and header of their first modality. Slice cases, which have none,
+    are stacked from the first to the last at 1 mm.
+    """
+    write(path, lambda target: nib.save(_as_image(values, case, np.float32), target))
+
+
+def _as_image(values: np.ndarray, case: Case, dtype: type[np.generic]) -> nib.Nifti1Image:
+    """Return values (D, H, W) as an image of `dtype` in the orientation of the case's first modality."""
+    if case.layout == "slices":
+        return nib.Nifti1Image(values.transpose(2, 1, 0).astype(dtype), SLICES_AFFINE)
+    image = read_nifti_header(next(iter(case.modalities.values()))[0])
     back = ornt_transform(CANONICAL, io_orientation(image.affine))
-    array = apply_orientation(labels.transpose(2, 1, 0), back).astype(np.uint8)
+    array = apply_orientation(values.transpose(2, 1, 0), back).astype(dtype)
     header = image.header.copy()
-    header.set_data_dtype(np.uint8)
-    header["cal_min"], header["cal_max"] = 0, 0  # the input's display window does not fit labels
-    joint = "-" if case.layout in ("brats2023", "brats2024") else "_"
-    output = output_dir / f"{case.case_id}{joint}seg.nii.gz"
-    write_atomically(output, lambda target: nib.save(type(image)(array, image.affine, header), target))
-    return output
+    header.set_data_dtype(dtype)
+    header["cal_min"], header["cal_max"] = 0, 0  # the input's display window does not fit
+    return type(image)(array, image.affine, header)
 
 
 def _write_picture(path: Path, pixels: np.ndarray) -> None:

@@ -22,6 +22,7 @@ from cohort.labels import round_labels
 from cohort.patients import find_sheets, map_patients, patient_of
 from runtime.command import Range, from_plain
 from runtime.errors import InputError
+from runtime.files import WRITTEN, is_written_by_us, protect_inputs
 from runtime.log import log
 
 Channel = Annotated[int, Range(0, 2), tyro.conf.arg(metavar="0|1|2")]
@@ -297,6 +298,8 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
         visited += [Path(parent)] if any(name.lower().endswith(".csv") for name in files) else []
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in files if not name.startswith("."))  # what killed writers leave
+        if WRITTEN in files:  # predictions are neither cases nor references
+            names = [name for name in names if not is_written_by_us(Path(parent) / name)]
         try:
             cases += resolve_folder(
                 Path(parent), names, source.layout, root.resolve().name, source.slice_channel
@@ -315,6 +318,7 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
                 raise error
             errors.append(error)
     count = Counter(case.case_id for case in cases)
+    protect_inputs(path for case in cases for path in case.files)
     unique = settle_conventions([case for case in cases if count[case.case_id] == 1])
     return map_patients(unique, find_sheets(visited), Path(source.mapping) if source.mapping else None)
 
@@ -377,6 +381,7 @@ def cases_of_files(paths: Sequence[Path], modalities: Sequence[str]) -> list[Cas
             paths[0], f"the network needs {', '.join(modalities)}", "give the case's folder, not one file"
         )
     cases = []
+    protect_inputs(paths)
     for path in paths:
         if not path.name.endswith((".nii", ".nii.gz")):
             raise InputError(path, "not a .nii or .nii.gz file", "give PNG and TIF cases as folders")

@@ -13,6 +13,7 @@ internal style and 0.38 (SD 0.22, at z > 1.75) on the external one: n = 100 case
 """
 
 import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -386,6 +387,21 @@ def write_volume(path: Path, volume: np.ndarray, spacing_mm: Sequence[float]) ->
     image.set_sform(affine, code=1)
     content = gzip.compress(image.to_bytes(), compresslevel=3, mtime=0)
     write_atomically(path, lambda part: part.write_bytes(content))
+
+
+def check_phantom_folder(directory: Path, num_cases: int, style: Literal["internal", "external"]) -> None:
+    """Raise InputError where `write_cohort` would replace a file that is no phantom."""
+    first = FIRST_ID[style]
+    for number in range(first, first + num_cases):
+        for path in sorted((directory / f"BraTS2021_{number:05d}").glob("*.nii.gz")):
+            try:
+                is_phantom = nib.load(path).header["descrip"].item().decode() == PHANTOM_DESCRIPTION
+            except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error):
+                is_phantom = False
+            if not is_phantom:
+                raise InputError(
+                    path, "is there and is no phantom", "choose another --output, or pass --overwrite"
+                )
 
 
 def write_cohort(

@@ -23,6 +23,7 @@ import tyro
 
 from runtime import machine
 from runtime.errors import InputError
+from runtime.exhausted import explain_exhausted
 from runtime.log import close_log, start_log
 
 Settings = TypeVar("Settings")
@@ -194,8 +195,8 @@ def run_command(
     """Parse the command line, call `main(settings)` and turn bad input into one sentence and exit code 2.
 
     `choose` is for settings whose defaults depend on what was typed: it gets a function that parses the
-    command line with the defaults it is given, and returns the settings. Ctrl-C ends with exit code 130, a
-    full disk with 2; any other exception is a defect and keeps its traceback.
+    command line with the defaults it is given, and returns the settings. Ctrl-C ends with exit code 130; a
+    full disk, and memory that is not enough, with 2. Any other exception is a defect and keeps its traceback.
     """
     name = Path(sys.argv[0]).name
 
@@ -212,8 +213,12 @@ def run_command(
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+    except (RuntimeError, MemoryError, OSError) as error:
+        flags = {field.name for field in dataclasses.fields(settings_class)}
+        if exhausted := explain_exhausted(error, flags):
+            print(f"{name}: error: {exhausted}", file=sys.stderr)
+            sys.exit(2)
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
         place = f" at {error.filename}" if error.filename else ""
         print(

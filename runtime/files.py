@@ -1,17 +1,55 @@
-"""Files written whole or not at all, and their hashes."""
+"""Files written whole or not at all, never over an input, and their hashes.
 
+How a program knows a file that it wrote: each folder of outputs has a list `.drunet_written`, a line
+`<SHA-256>  <name>` per file, as sha256sum writes it. A file is ours while its content is what the list says;
+a mask that somebody has corrected by hand since is theirs.
+"""
+
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import InputError
 
+WRITTEN = ".drunet_written"  # in each folder of outputs: what this program wrote there
+_inputs: set[str] = set()  # real paths of the files of cases, in this process
+
+
+def protect_inputs(paths: Iterable[Path]) -> None:
+    """Let nothing in this process write over these files from now on, not even with --overwrite."""
+    _inputs.update(map(_real_path, paths))
+
+
+def _real_path(path: Path) -> str:
+    """Return `os.path.realpath`; each folder is looked up once, for cohorts of many thousand files."""
+    if path.is_symlink():
+        return os.path.realpath(path)
+    return str(_real_folder(path.absolute().parent) / path.name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))
+
+
+def refuse_input(path: Path) -> None:
+    """Raise InputError where a path is that of a protected file, through whatever links."""
+    if os.path.realpath(path) in _inputs:
+        raise InputError(
+            path, "is a file of the data read, which is never written over", "choose another --output"
+        )
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)` and move the result to `path`; a failure leaves the old file whole."""
+    """Call `write(temporary path)` and move the result to `path`; a failure leaves the old file whole.
+
+    Raises InputError where `path` is a file of the cases read (`protect_inputs`).
+    """
+    refuse_input(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(
         f".{os.getpid()}.{path.name}"
@@ -21,6 +59,80 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_written(folder: Path) -> dict[str, set[str]]:
+    """Return {name: SHA-256 of what this program wrote under it} of a folder; empty without a list."""
+    try:
+        state = (folder / WRITTEN).stat()
+    except OSError:
+        return {}
+    return _parse_written(folder / WRITTEN, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _parse_written(path: Path, _mtime_ns: int, _size: int) -> dict[str, set[str]]:
+    written: dict[str, set[str]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, separator, name = line.partition("  ")
+        if separator:
+            written.setdefault(name, set()).add(digest)
+    return written
+
+
+def is_written_by_us(path: Path) -> bool:
+    """Return whether a file is there and holds what this program wrote under its name."""
+    digests = read_written(path.parent).get(path.name)
+    return bool(digests) and path.is_file() and file_sha256(path) in digests
+
+
+def check_output(path: Path, overwrite: bool = False) -> None:
+    """Raise InputError where `path` may not be written: an input, or a file of somebody else.
+
+    With `overwrite` files of others are replaced, inputs are not.
+    """
+    refuse_input(path)
+    if os.path.lexists(path) and not overwrite and not is_written_by_us(path):
+        raise InputError(
+            path,
+            "is there and was not written by this program, or was changed since",
+            "choose another --output, or replace it with --overwrite",
+        )
+
+
+def write_output(path: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
+    """Write a file as `write_atomically` does where `check_output` lets it, and list it as ours."""
+
+    def write_and_list(temporary: Path) -> None:
+        write(temporary)
+        line = f"{file_sha256(temporary)}  {path.name}\n"
+        # before the file has its name: a program killed here leaves a line too many, not a file too few.
+        # One short appended line: several ranks may write to one folder.
+        with (path.parent / WRITTEN).open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    check_output(path, overwrite)
+    write_atomically(path, write_and_list)
+
+
+def check_output_folder(folder: Path, overwrite: bool = False) -> None:
+    """Raise InputError where a folder of outputs holds files and is none of ours (`mark_output_folder`).
+
+    For commands that write many files of fixed names, such as the audit.
+    """
+    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_new and not overwrite and not (folder / WRITTEN).is_file():
+        raise InputError(
+            folder,
+            "holds files that this program did not write",
+            "choose another --output, or write there with --overwrite",
+        )
+
+
+def mark_output_folder(folder: Path) -> None:
+    """Mark a folder of outputs as ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WRITTEN).touch()
 
 
 def write_json(path: Path, content: Any) -> None:

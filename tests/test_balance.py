@@ -1,10 +1,12 @@
 """The slice balance, slabs and their augmentation, and batches that no number of workers changes."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from dataset_balance_v2 import (
     SlabDataset,
     balance_slices,
     make_train_loader,
+    reference_range,
     slice_kind,
     slice_table,
     warn_of_crop,
@@ -397,19 +400,28 @@ def test_the_command_prints_and_draws_the_balance_before_and_after(phantom_cohor
         assert min(picture.size) > 300
 
 
-def test_the_plot_shows_what_is_printed(phantom_cohort, tmp_path, monkeypatch):
+def test_the_plot_shows_what_is_printed(phantom_cohort, tmp_path, monkeypatch, input_error):
     drawn = []
-    monkeypatch.setattr(dataset_balance_v2, "plot_balance", lambda *arguments: drawn.extend(arguments))
-    dataset_balance_v2.main(
-        BalanceConfig(
-            cases=CaseSource(str(phantom_cohort)), cache_dir=str(tmp_path), tumour_share=0.25, output="x.png"
-        )
-    )
-    before, after, path = drawn
+
+    def draw(before, after, path):
+        drawn.extend((before, after))
+        path.write_bytes(b"plot")
+
+    monkeypatch.setattr(dataset_balance_v2, "plot_balance", draw)
+    config = BalanceConfig(CaseSource(str(phantom_cohort)), cache_dir=str(tmp_path), tumour_share=0.25)
+    config = dataclasses.replace(config, output=str(tmp_path / "x.png"))
+    dataset_balance_v2.main(config)
+    before, after = drawn
     counts = count_kinds(phantom_cohort)
     assert before.to_dict() == {name: count / 128 for name, count in counts.items()}
     assert after.round(9).to_dict() == {"tumour": 0.25, "brain": 0.73, "empty": 0.02}
-    assert path == Path("x.png")
+    assert (tmp_path / "x.png").read_bytes() == b"plot"
+    dataset_balance_v2.main(config)  # over its own plot
+    (tmp_path / "x.png").write_bytes(b"another's")
+    with input_error(tmp_path / "x.png", "--overwrite"):
+        dataset_balance_v2.main(config)
+    dataset_balance_v2.main(dataclasses.replace(config, overwrite=True))
+    assert (tmp_path / "x.png").read_bytes() == b"plot"
 
 
 def test_the_command_ends_bad_input_with_one_sentence(tmp_path):
@@ -417,3 +429,13 @@ def test_the_command_ends_bad_input_with_one_sentence(tmp_path):
     assert done.returncode == 2
     assert "nowhere" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_range_of_reference_volumes_leaves_empty_ones_out():
+    # 2 x 1 x 1 mm: 0.002 ml a voxel. WT 30, 0 and 500 voxels; TC nowhere.
+    cases = [
+        types.SimpleNamespace(spacing_mm=(2.0, 1.0, 1.0), region_voxels=((10, voxels), (0, 0)))
+        for voxels in (20, 490)
+    ]
+    cases.append(types.SimpleNamespace(spacing_mm=(9.0, 9.0, 9.0), region_voxels=((0, 0), (0, 0))))
+    assert reference_range(cases, ("WT", "TC")) == {"WT": pytest.approx([0.06, 1.0])}

@@ -228,13 +228,16 @@ def test_a_rank_without_a_case_waits_for_the_others(trained, external_cohort, tm
     assert pd.read_csv(tmp_path / "predictions" / "volumes.csv")["case"].tolist() == [case.name]
 
 
-def test_a_broken_case_of_one_rank_ends_inference_with_one_sentence(trained, external_cohort, tmp_path):
+def test_a_broken_case_of_one_rank_ends_no_batch(trained, external_cohort, tmp_path):
     name = spoil_second(external_cohort, tmp_path / "broken")
     settings = ("--checkpoint", trained / "results" / "one" / "best.pt", "--device", "cpu")
     process = torchrun(ROOT / "inference_v2.py", "--input", "broken", *settings, cwd=tmp_path)
-    _, lines, stderr = said(process, "inference_v2.py")
-    assert process.returncode != 0
-    assert len(lines) == 1, stderr
-    assert name in lines[0]
+    stdout, lines, stderr = said(process, "inference_v2.py")
+    assert process.returncode == 1
+    assert not lines, stderr
     assert f'File "{ROOT / "inference_v2.py"}"' not in stderr  # no traceback but torchrun's own
-    assert not (tmp_path / "predictions" / "volumes.csv").exists()
+    assert stdout.count("was not segmented") == 1
+    table = pd.read_csv(tmp_path / "predictions" / "volumes.csv")
+    assert table["error"].notna().tolist() == [False, True, False]
+    assert name in table["error"][1]
+    assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 2

@@ -15,7 +15,6 @@ from export_v2 import ExportConfig, describe_checkpoint
 from inference_v2 import (
     InferenceConfig,
     TrainedModel,
-    _choose_providers,
     load_model,
     predict_volume,
 )
@@ -23,6 +22,7 @@ from inference_v2 import main as segment
 from model_drunet_v2 import DRUNetV2
 from runtime.checkpoints import load_checkpoint, save_checkpoint
 from runtime.files import file_sha256
+from runtime.onnx_file import _choose_providers
 
 CPU = torch.device("cpu")
 SIZE = 32

@@ -1,0 +1,45 @@
+"""Errors of a machine that ran out of something, as one sentence that names the flag that helps."""
+
+import re
+from collections.abc import Collection
+
+import torch
+
+from runtime.errors import InputError
+
+# What torch says in a RuntimeError, whatever its type; see torch/utils/data/_utils and c10.
+NO_SHARED_MEMORY = re.compile(r"bus error|shared memory|/torch_\d|\(shm\)", re.IGNORECASE)
+DEAD_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", re.DOTALL)
+NO_CARD_MEMORY = re.compile(r"out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED", re.IGNORECASE)
+NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory", re.IGNORECASE)
+
+
+def explain_exhausted(error: BaseException, flags: Collection[str]) -> InputError | None:
+    """Return the InputError to show where a machine ran out of memory or lost a process, else None.
+
+    `flags` are the names of the command's settings, "batch_size" for --batch-size: only those are advised.
+    """
+    if isinstance(error, InputError) or not isinstance(error, RuntimeError | MemoryError | OSError):
+        return None
+    text = f"{error} {getattr(error, 'filename', None) or ''}"
+    has_workers = "workers" in flags
+    smaller = "pass a smaller --batch-size" if "batch_size" in flags else "close other programs"
+    if has_workers and NO_SHARED_MEMORY.search(text):
+        return InputError(
+            "/dev/shm",
+            "a loader worker found no shared memory",
+            "pass --workers 0, or start the container with more (docker run --shm-size 2g)",
+        )
+    if has_workers and DEAD_WORKER.search(text):
+        return InputError(
+            "--workers",
+            "a loader worker was killed, most likely for want of memory",
+            "pass --workers 0 or a smaller --batch-size; in a container more memory or --shm-size",
+        )
+    if isinstance(error, torch.cuda.OutOfMemoryError) or NO_CARD_MEMORY.search(text):
+        more = " (training: with --accumulate, or pass --checkpointing)" if "checkpointing" in flags else ""
+        return InputError("--device", "the card is out of memory", smaller + more)
+    if isinstance(error, MemoryError) or NO_MEMORY.search(text):
+        remedy = f"{smaller} or --workers 0" if has_workers else smaller
+        return InputError("this machine", "is out of memory", remedy)
+    return None
