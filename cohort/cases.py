@@ -17,7 +17,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
-from cohort.labels import LABEL_CONVENTIONS, NO_REGION, round_labels
+from cohort.labels import NO_REGION, round_labels, values_of
 from runtime.command import Distinct
 from runtime.errors import InputError
 from runtime.files import write_atomically
@@ -47,7 +47,7 @@ class Case:
     patient_id: str
     cohort: str
     layout: str  # a key of layouts.LAYOUTS
-    convention: str  # a key of LABEL_CONVENTIONS
+    convention: str  # a key of LABEL_CONVENTIONS, or one that `values_of` reads
     modalities: dict[str, tuple[Path, ...]]  # one NIfTI file, or the slices from first to last
     mask: tuple[Path, ...]  # empty where there is no reference
     slice_channel: int = 1  # which channel of RGB slices is FLAIR
@@ -100,7 +100,7 @@ def decode_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     is_nifti2 = isinstance(read_nifti_header(path), nib.Nifti2Image)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
         image = (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
         array = np.asanyarray(image.dataobj)
     except NIFTI_ERRORS as error:
@@ -204,21 +204,23 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """
     if case.layout == "slices":
         labels, affine = read_slices(case.mask, None), SLICES_AFFINE
-        values = np.unique(labels)
-        labels = np.where(labels == 255, 1, labels) if values[-1] == 255 else labels
     else:
         labels, affine = read_nifti_volume(case.mask[0])
         labels = round_labels(labels)
-    known = {0, *LABEL_CONVENTIONS[case.convention]["WT"], *NO_REGION.get(case.convention, ())}
+    if case.convention == "binary":
+        labels = np.where(labels == 255, 1, labels) if labels.max(initial=0) == 255 else labels
+    known = {0, *values_of(case.convention)["WT"], *NO_REGION.get(case.convention, ())}
     if unknown := sorted({float(value) for value in np.unique(labels)} - known):
         hint = ""
         if case.convention == "brats2023" and unknown == [4.0]:
-            hint = "; where 4 is the resection cavity, pass --layout brats2024"
+            hint = (
+                "; where 4 is the resection cavity, pass --layout brats2024, of children --layout brats-ped"
+            )
         raise InputError(
             _file_with_value(case, unknown[0]),
             f"unknown label {unknown[0]:g}",
-            f"{case.convention} masks hold {sorted(known)}{' or 255' if case.layout == 'slices' else ''} only"
-            f"{hint}",
+            f"{case.convention} masks hold {sorted(known)}{' or 255' if case.convention == 'binary' else ''} "
+            f"only{hint}",
         )
     return labels.astype(np.uint8), affine
 
@@ -270,9 +272,9 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",)) -> LoadedCase:
 def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
     """Write predicted labels (D, H, W) beside a case's geometry and return the path.
 
-    NIfTI cases: `<case>_seg.nii.gz` (`<case>-seg.nii.gz` from BraTS 2023 on), uint8, in the orientation,
-    affine and header of the case's first modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`,
-    0 and 255.
+    NIfTI cases: `<case>_seg.nii.gz` (`<case>-seg.nii.gz` from BraTS 2023 on, `<case>.nii.gz` for nnU-Net,
+    by which the layout reads them back), uint8, in the orientation, affine and header of the case's first
+    modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`, 0 and 255.
     """
     paths = next(iter(case.modalities.values()))
     if case.layout == "slices":
@@ -289,8 +291,8 @@ def save_labels(labels: np.ndarray, case: Case, output_dir: Path) -> Path:
     header = image.header.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"], header["cal_max"] = 0, 0  # the input's display window does not fit labels
-    joint = "-" if case.layout in ("brats2023", "brats2024") else "_"
-    output = output_dir / f"{case.case_id}{joint}seg.nii.gz"
+    ending = {"nnunet": "", **dict.fromkeys(("brats2023", "brats2024", "brats-met", "brats-ped"), "-seg")}
+    output = output_dir / f"{case.case_id}{ending.get(case.layout, '_seg')}.nii.gz"
     write_atomically(output, lambda target: nib.save(type(image)(array, image.affine, header), target))
     return output
 

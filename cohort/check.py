@@ -16,6 +16,7 @@ from nibabel.affines import voxel_sizes
 
 from cohort.cases import AFFINE_TOLERANCE_MM, MODALITIES, Case, read_labels, read_modality
 from cohort.layouts import CaseSource, missing_modality, scan_cases
+from cohort.resolvers import find_gap
 from runtime.errors import InputError
 from runtime.files import write_atomically
 from runtime.log import log
@@ -98,6 +99,10 @@ def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = Tr
         first = first or Grid(name, array.shape, affine)
         if difference := compare_grids(array.shape, affine, first):
             note("error", difference, path)
+    gap = find_gap(case.modalities["flair"]) if case.layout == "slices" else None
+    if gap is not None:
+        folder = case.modalities["flair"][0].parent
+        note("warning", f"slice {gap} is missing, and its neighbours are taken as adjacent", folder)
     if case.mask:
         try:
             labels, affine = read_labels(case)
