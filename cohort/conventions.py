@@ -67,6 +67,6 @@ def check_regions(cases: Sequence[Case], regions: Sequence[str]) -> None:
             held = " and ".join(values_of(case.convention))
             raise InputError(
                 f"--regions {' '.join(regions)}",
-                f"the masks ({LAYOUTS[case.layout].title}, first {case.mask[0]}) show {held}, not {missing[0]}",
+                f"the masks ({LAYOUTS[case.layout].title}, first {case.mask[0]}) show {held} alone",
                 f"pass --regions {' '.join(name for name in regions if name not in missing) or 'WT'}",
             )

@@ -119,39 +119,50 @@ def walk_folders(root: Path, seen: list[str]) -> Iterator[tuple[Path, list[str]]
     Predictions are left out and said once.
     """
     left_out: list[Path] = []
+    folders_of_masks: set[Path] = set()  # of picture cases
     for parent, folders, files in os.walk(root, followlinks=True):
         folder = Path(parent)
         names = [name for name in files if not name.startswith(".")]
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        predicted = names_of_predictions(folder) if "volumes.csv" in names else set()
-        holds_images = any(is_nifti(name) and name not in predicted for name in names)
-        if folder != root and (folder.name == "predictions" or (predicted and not holds_images)):
+        if folder != root and folder.name == "predictions":
             left_out.append(folder)
             folders.clear()
             continue
-        if predicted & {*names, *folders}:
+        predicted = names_of_predictions(folder, names)
+        folders_of_masks |= {folder / name for name in predicted if name in folders}
+        if folder in folders_of_masks:
+            predicted |= {name for name in names if re.search(r"_mask\.\w+$", name)}
+        if predicted & set(names):
             left_out.append(folder)
             names = [name for name in names if name not in predicted]
-            folders[:] = [name for name in folders if name not in predicted]
-        unpacked = [name for name in folders if is_nifti(name) and _enter(folder / name) != folder / name]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        unpacked = [name for name in folders if _enter(folder / name) != folder / name]
         folders[:] = [name for name in folders if name not in unpacked]
         names = sorted(names + unpacked)
         seen += [str((folder / name).relative_to(root)) for name in names[: max(0, SHOWN - len(seen))]]
         yield folder, names
     if left_out:
-        log.warning("masks that inference wrote are no cases and left out: %s", ", ".join(map(str, left_out)))
+        first = ", ".join(map(str, left_out[:3])) + (" and others" if len(left_out) > 3 else "")
+        log.warning("masks that inference wrote are neither cases nor references and left out: %s", first)
 
 
-def names_of_predictions(folder: Path) -> set[str]:
-    """Return the names of the masks that inference wrote into a folder, as its volumes.csv lists them."""
+def names_of_predictions(folder: Path, names: Sequence[str]) -> set[str]:
+    """Return the names of the masks, or of folders of them, that inference wrote into a folder.
+
+    Its volumes.csv lists them. Where nothing but masks is there, masks of an earlier run are ours too.
+    """
+    if "volumes.csv" not in names:
+        return set()
     try:
         with (folder / "volumes.csv").open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
             if not {"case", "region", "volume_ml", "mask"} <= set(rows.fieldnames or ()):
                 return set()
-            return {Path(row["mask"]).name for row in rows if row["mask"]}
+            listed = {Path(row["mask"]).name for row in rows if row["mask"]}
     except (OSError, UnicodeDecodeError, csv.Error):
         return set()
+    volumes = [name for name in names if is_nifti(name)]
+    masks = [name for name in volumes if modality_named(name) == "seg"]
+    return listed | set(masks) if set(volumes) <= listed | set(masks) else listed
 
 
 def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> list[Case]:
@@ -221,7 +232,7 @@ def join_folders(cases: Sequence[Case], report: Callable[[InputError], None]) ->
         masks = [part.mask[0] for part in parts if part.mask and not part.modalities]
         masks += [part.mask[0] for part in parts if part.mask and part.modalities and part not in images]
         if len(images) != 1 or images[0].mask or not masks:
-            joined += images or [part for part in parts if "derivatives" not in folder_of(part).parts]
+            joined += images  # masks alone, such as UPENN's automated ones, are no case
             continue
         try:
             joined.append(dataclasses.replace(images[0], mask=(choose_mask(masks),)))

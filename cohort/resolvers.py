@@ -33,7 +33,8 @@ ANATOMY = r"(?i)_(?:desc|label)-(?:brain|head|skull|csf|gm|wm|aseg|aparc|tissue|
 NEW_IDS = (
     r"BraTS\d*[-_](?:GLI|SSA|MEN|MET|PED)-.+"  # named by hyphens from 2023 on, in copies also by underscores
 )
-FOREIGN_IDS = rf"(?i:brats1[5-9])_|BraTS20_|{NEW_IDS}|UPENN-GBM-|UCSF-PDGM-|sub-"
+BIDS_IDS = r"sub-[^_]+(?:_[a-zA-Z]+-[^_]+)*"
+FOREIGN_IDS = rf"(?i:brats1[5-9])_|BraTS20_|{NEW_IDS}|UPENN-GBM-|UCSF-PDGM-|{BIDS_IDS}$"
 
 
 class Found(NamedTuple):
@@ -269,7 +270,7 @@ def modality_named(name: str) -> str | None:
         return last
     with_contrast = r"(?:ce|gd|gad\w*|post\w*|contrast\w*|c)"
     is_enhanced = any(re.fullmatch(with_contrast, word) for word in words[index + 1 : index + 3])
-    before = re.search(r"(?:^|_)(?:(?:ce|acq)-(?!none)|post|contrast)", name, re.IGNORECASE)
+    before = re.search(r"(?:^|_)(?:(?:ce|acq)-(?!none)|post|contrast|gd|gad)", name, re.IGNORECASE)
     return (
         "t1ce"
         if is_enhanced or (before and not re.search(r"acq-(?!ce|gd|gad|post|contrast)", name))
@@ -371,7 +372,7 @@ LAYOUTS: dict[str, Layout] = {
     "brats2021": Layout("BraTS 2021", rf"(?!{FOREIGN_IDS}).+", "brats", resolve_underscores),
     "brats2023": Layout(
         "BraTS 2023",
-        r"(?!BraTS\d*[-_](?:PED|MET)-|BraTS-GLI-\d{5}-[1-9]\d\d|sub-).+",
+        r"(?!BraTS\d*[-_](?:PED|MET)-|BraTS-GLI-\d{5}-[1-9]\d\d).+",
         "brats2023",
         resolve_hyphens,
     ),

@@ -268,7 +268,7 @@ def test_masks_of_one_label_are_the_whole_tumour_and_nothing_else(tmp_path, layo
     loaded = load_case(case)
     assert (regions_from_labels(loaded.labels, case.convention, ("WT",)) == EXPECTED[:1]).all()
     source = TrainingSource(str(tmp_path / "data"), regions=("WT", "TC", "ET"))
-    with input_error("--regions WT TC ET", "TC", "pass --regions WT"):
+    with input_error("--regions WT TC ET", "show WT alone", "pass --regions WT"):
         select_cases(source, 0, tmp_path / "run", resumed=False)
 
 
@@ -393,6 +393,37 @@ def test_masks_that_inference_wrote_among_the_cases_are_no_references(tmp_path):
     (folder / "BraTS2021_00001_seg.nii.gz").unlink()
     write_table(folder, [save_labels(NEW, expected[1], folder)])
     assert [bool(case.mask) for case in find_cases(CaseSource(tmp_path))] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("site", [".", "site"])
+def test_an_output_folder_that_is_the_cohorts_own_hides_no_picture_case(tmp_path, site, write_slices):
+    root = tmp_path / site
+    for case_id in ("p", "q"):
+        write_slices(root / case_id, case_id, {1: np.zeros((4, 4), np.uint8)})
+    expected = find_cases(CaseSource(tmp_path))
+    write_table(root, [save_labels(np.ones((1, 4, 4)), case, root) for case in expected])
+    assert (root / "p" / "p_1_mask.png").exists()
+    assert find_cases(CaseSource(tmp_path)) == expected
+
+
+def test_an_output_folder_that_holds_the_cases_folders_hides_none(tmp_path):
+    write_cohort_of(tmp_path / "site", OLD, "brats2021")
+    expected = find_cases(CaseSource(tmp_path))
+    masks = [save_labels(NEW, case, tmp_path / "site") for case in expected]
+    write_table(tmp_path / "site", masks[:1])  # the others were written by an earlier run
+    assert find_cases(CaseSource(tmp_path)) == expected
+
+
+def test_masks_of_upenn_that_nobody_drew_are_no_cases(tmp_path):
+    write_files(tmp_path, *WILD["UPENN"][1:])
+    write(tmp_path / "automated_segm" / f"{UPENN}_automated_approx_segm.nii.gz", NEW)
+    (case,) = find_cases(CaseSource(tmp_path))
+    assert case.mask == (tmp_path / "images_segm" / f"{UPENN}_segm.nii.gz",)
+
+
+def test_names_that_only_begin_like_bids_are_found_as_before(tmp_path):
+    write(tmp_path / "sub-01_visit1_flair.nii.gz", VOLUMES["flair"])
+    assert [case.case_id for case in find_cases(CaseSource(tmp_path))] == ["sub-01_visit1"]
 
 
 def test_a_volumes_csv_of_somebody_else_hides_nothing(tmp_path):
