@@ -107,7 +107,7 @@ def _enter(path: Path) -> Path:
     """Return a path, or the one NIfTI file in the folder of that name."""
     if not is_nifti(path.name) or not path.is_dir():
         return path
-    inside = [file for file in path.iterdir() if is_nifti(file.name) and file.is_file()]
+    inside = [file for file in path.glob("[!.]*") if is_nifti(file.name) and file.is_file()]
     return inside[0] if len(inside) == 1 else path
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ from cohort.labels import convention_of_names, labels_from_regions, regions_from
 from cohort.layouts import CaseSource, cases_of_files, find_cases
 from cohort.resolvers import modality_named
 from cohort.selection import TrainingSource, prepare_parts, select_cases
+from inference_v2 import InferenceConfig, choose_inputs
 
 REGIONS = ("WT", "TC", "ET")
 SHAPE = (6, 9, 8)  # D, H, W
@@ -328,6 +330,15 @@ def test_files_of_other_modalities_and_masks_are_refused(tmp_path, wanted, input
     everything = [tmp_path / name for name in names.values()]
     with input_error("its name says"):
         cases_of_files(everything, (wanted,))
+
+
+def test_a_glob_of_a_cases_files_is_refused_by_inference(tmp_path, input_error):
+    paths = [write(tmp_path / f"p_{word}.nii.gz", NEW) for word in ("flair", "t1", "t1ce", "t2", "seg")]
+    model = SimpleNamespace(modalities=("flair",))
+    with input_error(paths[1], "it is t1", "the network takes flair"):
+        choose_inputs(InferenceConfig(input=tuple(map(str, paths))), model, Path("best.pt"))
+    (case,) = choose_inputs(InferenceConfig(input=(str(paths[0]),)), model, Path("best.pt"))
+    assert case.modalities == {"flair": (paths[0],)}
 
 
 def test_a_file_whose_name_says_nothing_is_taken_and_a_second_channel_is_not(tmp_path, input_error):
