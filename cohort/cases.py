@@ -22,7 +22,7 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
-from cohort.labels import LABEL_CONVENTIONS, NO_REGION, round_labels
+from cohort.labels import NO_REGION, round_labels, values_of
 from cohort.preprocess import fill_air
 from runtime.command import Distinct
 from runtime.errors import InputError
@@ -58,7 +58,7 @@ class Case:
     patient_id: str
     cohort: str
     layout: str  # a key of layouts.LAYOUTS
-    convention: str  # a key of LABEL_CONVENTIONS
+    convention: str  # a key of LABEL_CONVENTIONS, or one that `values_of` reads
     modalities: dict[str, tuple[Path, ...]]  # one NIfTI file or multi-page TIF, or slices from first to last
     mask: tuple[Path, ...]  # as a modality; empty where there is no reference
     slice_channel: int = 1  # which channel of RGB slices is FLAIR
@@ -117,7 +117,7 @@ def decode_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     is_nifti2 = isinstance(read_nifti_header(path), nib.Nifti2Image)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
         image = (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
         array = np.asanyarray(image.dataobj)
     except NIFTI_ERRORS as error:
@@ -383,21 +383,23 @@ def read_labels(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if case.layout == "slices":
         _check_pages(case)
         labels, affine = read_slices(case.mask, None), SLICES_AFFINE
-        values = np.unique(labels)
-        labels = np.where(labels == 255, 1, labels) if values[-1] == 255 else labels
     else:
         labels, affine = read_nifti_volume(case.mask[0])
         labels = round_labels(labels)
-    known = {0, *LABEL_CONVENTIONS[case.convention]["WT"], *NO_REGION.get(case.convention, ())}
+    if case.convention == "binary":
+        labels = np.where(labels == 255, 1, labels) if labels.max(initial=0) == 255 else labels
+    known = {0, *values_of(case.convention)["WT"], *NO_REGION.get(case.convention, ())}
     if unknown := sorted({float(value) for value in np.unique(labels)} - known):
         hint = ""
         if case.convention == "brats2023" and unknown == [4.0]:
-            hint = "; where 4 is the resection cavity, pass --layout brats2024"
+            hint = (
+                "; where 4 is the resection cavity, pass --layout brats2024, of children --layout brats-ped"
+            )
         raise InputError(
             _file_with_value(case, unknown[0]),
             f"unknown label {unknown[0]:g}",
-            f"{case.convention} masks hold {sorted(known)}{' or 255' if case.layout == 'slices' else ''} only"
-            f"{hint}",
+            f"{case.convention} masks hold {sorted(known)}{' or 255' if case.convention == 'binary' else ''} "
+            f"only{hint}",
         )
     return labels.astype(np.uint8), affine
 
@@ -506,17 +508,17 @@ def label_paths(case: Case, output_dir: Path) -> list[Path]:
         return [output_dir / f"{case.case_id}_mask.tif"]
     if case.layout == "slices":
         return [output_dir / case.case_id / f"{path.stem}_mask.png" for path in paths]
-    joint = "-" if case.layout in ("brats2023", "brats2024") else "_"
-    return [output_dir / f"{case.case_id}{joint}seg.nii.gz"]
+    ending = {"nnunet": "", **dict.fromkeys(("brats2023", "brats2024", "brats-met", "brats-ped"), "-seg")}
+    return [output_dir / f"{case.case_id}{ending.get(case.layout, '_seg')}.nii.gz"]
 
 
 def save_labels(labels: np.ndarray, case: Case, output_dir: Path, write: Write = write_atomically) -> Path:
     """Write predicted labels (D, H, W) beside a case's geometry and return the path.
 
-    NIfTI cases: `<case>_seg.nii.gz` (`<case>-seg.nii.gz` from BraTS 2023 on), uint8, in the orientation,
-    affine and header of the case's first modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`,
-    0 and 255. A multi-page TIF: `<case>_mask.tif` of as many pages, 0 and 255. `write` decides whether a file
-    that is there may be replaced.
+    NIfTI cases: `<case>_seg.nii.gz` (`<case>-seg.nii.gz` from BraTS 2023 on, `<case>.nii.gz` for nnU-Net, by
+    which the layout reads them back), uint8, in the orientation, affine and header of the case's first
+    modality. Slice cases: a folder `<case>/` of `<case>_<z>_mask.png`, 0 and 255. A multi-page TIF:
+    `<case>_mask.tif` of as many pages, 0 and 255. `write` decides whether a file may be replaced.
     """
     paths = label_paths(case, output_dir)
     if is_stack_case(case):

@@ -26,6 +26,7 @@ from cohort.cases import (
 )
 from cohort.layouts import CaseSource, missing_modality, scan_cases
 from cohort.preprocess import fill_air, find_doubts
+from cohort.resolvers import find_gap
 from runtime.errors import InputError
 from runtime.files import write_atomically
 from runtime.log import log
@@ -127,6 +128,10 @@ def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = Tr
             note("error", difference, path)
         elif copy := find_copy(name, array, seen):
             note("warning", copy, path)
+    gap = find_gap(case.modalities["flair"]) if case.layout == "slices" else None
+    if gap is not None:
+        folder = case.modalities["flair"][0].parent
+        note("warning", f"slice {gap} is missing, and its neighbours are taken as adjacent", folder)
     if case.mask:
         try:
             labels, affine = read_labels(case)

@@ -1,35 +1,53 @@
-"""Which files below a folder are cases: one resolver a layout, and the label convention of each cohort.
+"""Which files below a folder are cases, and the label convention of each cohort.
 
-A layout is how a data set names and places its files. LAYOUTS lists them; `find_cases` tells them by what is
-there, or looks for one alone where the user names it.
+A layout is how a data set names and places its files; `cohort/resolvers.py` lists them. `find_cases` detects
+them by what is there, or looks for one alone where the user names it.
 """
 
+import csv
 import dataclasses
 import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import tyro
 
-from cohort.cases import MODALITIES, RGB_CHANNELS, Case, is_colour, is_stack, read_nifti_volume
-from cohort.labels import round_labels
+from cohort.cases import MODALITIES, RGB_CHANNELS, Case, is_colour
+from cohort.conventions import settle_conventions
 from cohort.patients import find_sheets, map_patients, patient_of
+from cohort.resolvers import LAYOUTS, NEW_IDS, choose_mask, find_gap, is_nifti, modality_named, stem_of
 from runtime.command import Range, from_plain
 from runtime.errors import InputError
 from runtime.files import WRITTEN, is_written_by_us, protect_inputs
 from runtime.log import log
 
 Channel = Annotated[int, Range(0, 2), tyro.conf.arg(metavar="0|1|2")]
-LayoutName = Literal["auto", "brats2019", "brats2020", "brats2021", "brats2023", "brats2024", "msd", "slices"]
-HYPHEN_WORDS = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "seg": "seg"}
-MSD_ORDER = ("flair", "t1", "t1ce", "t2")  # dataset.json of Task01: FLAIR, T1w, t1gd, T2w
-MASKS_TO_DECIDE, MASKS_TO_READ = 3, 24  # how many masks tell 3 from 4, and how many are read to find them
+LayoutName = Literal[
+    "auto",
+    "brats2019",
+    "brats2020",
+    "brats2021",
+    "brats2023",
+    "brats2024",
+    "brats-met",
+    "brats-ped",
+    "upenn",
+    "ucsf",
+    "bids",
+    "nnunet",
+    "msd",
+    "slices",
+]
+NO_PATIENT = (
+    r"(?i)(?:.*(?:screen.?shot|preview|thumb|snapshot|overlay|montage).*|fig|figure|plot|curves?)[\W_\d]*"
+)
+SHOWN = 5  # names of files shown where there is no case
+BY_ID = ("brats2024", "brats-met", "brats-ped", "upenn", "ucsf", "bids")  # ids no other layout has
 
 
 @dataclass(frozen=True)
@@ -44,163 +62,6 @@ class CaseSource:
     """CSV sheet of ids, beside the mapping sheets found with the cases"""
     slice_channel: Channel = 1
     """channel of RGB slices that holds FLAIR: 0, 1 or 2"""
-
-
-class Found(NamedTuple):
-    """The files of one case as a resolver finds them."""
-
-    case_id: str
-    modalities: dict[str, tuple[Path, ...]]
-    mask: tuple[Path, ...]
-    volume_index: Mapping[str, int] = {}
-
-
-class Layout(NamedTuple):
-    """One row of LAYOUTS."""
-
-    title: str
-    ids: str  # pattern of the case ids `auto` takes for this layout
-    convention: str  # of its masks, unless they show another
-    resolve: Callable[[Path, Sequence[str]], list[Found]]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Resolvers: (folder, its file names, sorted) -> the cases whose files lie in it
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _resolve_by_suffix(
-    folder: Path, names: Sequence[str], joint: str, words: Mapping[str, str]
-) -> list[Found]:
-    """Return the cases whose files are `<case><joint><word>.nii[.gz]`."""
-    files: dict[str, dict[str, Path]] = defaultdict(dict)
-    for name in names:
-        if match := re.fullmatch(rf"(.+){joint}({'|'.join(words)})\.nii(\.gz)?", name):
-            case_id, modality = match[1], words[match[2]]
-            if modality in files[case_id]:
-                raise InputError(folder / name, "is there as .nii and as .nii.gz", "remove one of the two")
-            files[case_id][modality] = folder / name
-    return [
-        Found(
-            case_id,
-            {name: (found[name],) for name in MODALITIES if name in found},
-            (found["seg"],) if "seg" in found else (),
-        )
-        for case_id, found in sorted(files.items())
-    ]
-
-
-def resolve_underscores(folder: Path, names: Sequence[str]) -> list[Found]:
-    """BraTS 2019 and 2021: `<case>_{flair,t1,t1ce,t2,seg}.nii[.gz]`."""
-    return _resolve_by_suffix(folder, names, "_", {name: name for name in (*MODALITIES, "seg")})
-
-
-def resolve_brats2020(folder: Path, names: Sequence[str]) -> list[Found]:
-    """BraTS 2020: as 2021, but the mask of case 355 is named `W39_1998.09.19_Segm.nii`."""
-    found = resolve_underscores(folder, names)
-    astray = [folder / name for name in names if re.fullmatch(r"W\d+_.+_Segm\.nii(\.gz)?", name)]
-    if len(found) == 1 and not found[0].mask and len(astray) == 1:
-        return [found[0]._replace(mask=(astray[0],))]
-    return found
-
-
-def resolve_hyphens(folder: Path, names: Sequence[str]) -> list[Found]:
-    """BraTS 2023 and 2024 GLI: `<case>-{t1n,t1c,t2w,t2f,seg}.nii[.gz]`."""
-    return _resolve_by_suffix(folder, names, "-", HYPHEN_WORDS)
-
-
-def resolve_msd(folder: Path, names: Sequence[str]) -> list[Found]:
-    """MSD Task01: `imagesTr/<case>.nii.gz` of four volumes, masks in `labelsTr`; imagesTs has none."""
-    if folder.name not in ("imagesTr", "imagesTs"):
-        return []
-    found = []
-    for name in names:
-        if match := re.fullmatch(r"(.+?)\.nii(\.gz)?", name):
-            labels = folder.with_name("labelsTr") / match[1]
-            masks = [labels.with_name(match[1] + suffix) for suffix in (".nii.gz", ".nii")]
-            mask = next((path for path in masks if path.is_file()), None)
-            found.append(
-                Found(
-                    match[1],
-                    dict.fromkeys(MODALITIES, (folder / name,)),
-                    (mask,) if mask and folder.name == "imagesTr" else (),
-                    {modality: index for index, modality in enumerate(MSD_ORDER)},
-                )
-            )
-    return found
-
-
-def resolve_stacks(folder: Path, names: Sequence[str]) -> tuple[list[Found], list[str]]:
-    """Return (a case for each multi-page TIF `<case>.tif` with its `<case>_mask.tif`, the names left over).
-
-    A multi-page `<case>_<z>.tif` whose neighbours have one page each is left over: it is no case of its own.
-    """
-    stem_of = {name: Path(name).stem for name in names if re.search(r"\.tiff?$", name, re.IGNORECASE)}
-    masks = {stem[:-5]: name for name, stem in stem_of.items() if stem.lower().endswith("_mask")}
-    stacks = [name for name in stem_of if name not in masks.values() and is_stack(folder / name)]
-    numbered = (re.fullmatch(r"(.+)_\d+\.(png|tiff?)", name, re.IGNORECASE) for name in {*names} - {*stacks})
-    series = {match[1] for match in numbered if match}
-    found, used = [], set()
-    for name in stacks:
-        stem = stem_of[name]
-        if re.sub(r"_\d+$", "", stem) in series:
-            continue
-        mask = (masks[stem],) if stem in masks else ()
-        found.append(Found(stem, {"flair": (folder / name,)}, tuple(folder / own for own in mask)))
-        used |= {name, *mask}
-    return found, [name for name in names if name not in used]
-
-
-def resolve_slices(folder: Path, names: Sequence[str]) -> list[Found]:
-    """PNG and TIF slices: `<case>_<z>.png|tif` and `<case>_<z>_mask.*`, z sorted as a number.
-
-    A multi-page TIF is a whole case: `<case>.tif` and `<case>_mask.tif`. Grey slices are FLAIR. Of RGB slices
-    the chosen channel is FLAIR; `offer_channels` adds the others.
-    """
-    stacks, names = resolve_stacks(folder, names)
-    slices: dict[str, dict[int, Path]] = defaultdict(dict)
-    masks: dict[str, dict[int, Path]] = defaultdict(dict)
-    for name in names:
-        if match := re.fullmatch(r"(.+)_(\d+)(_mask)?\.(png|tiff?)", name, re.IGNORECASE):
-            chosen = masks if match[3] else slices
-            if int(match[2]) in chosen[match[1]]:
-                raise InputError(
-                    folder / name, f"slice {int(match[2])} is there twice", "remove one of the two files"
-                )
-            chosen[match[1]][int(match[2])] = folder / name
-    found = []
-    for case_id, by_number in sorted(slices.items()):
-        numbers = sorted(by_number)
-        if missing := set(range(numbers[0], numbers[-1])) - set(numbers):
-            raise InputError(
-                folder, f"slice {min(missing)} of {case_id} is missing", "neighbours must be adjacent"
-            )
-        if masks[case_id] and (unmasked := set(numbers) - set(masks[case_id])):
-            raise InputError(
-                by_number[min(unmasked)], "this slice has no _mask file though others of its case have"
-            )
-        if orphans := set(masks[case_id]) - set(numbers):
-            raise InputError(
-                masks[case_id][min(orphans)], "this mask has no slice", "add it or remove the mask"
-            )
-        mask = tuple(masks[case_id][z] for z in numbers) if masks[case_id] else ()
-        found.append(Found(case_id, {"flair": tuple(by_number[z] for z in numbers)}, mask))
-    return found + stacks
-
-
-# Among layouts of like file names an id belongs to one. BraTS 2024 GLI counts its timepoints from 100, 2023
-# from 0; the paediatric cohort (PED) has labels of its own and is none of these.
-LAYOUTS: dict[str, Layout] = {
-    "brats2019": Layout("BraTS 2019", r"(?i:brats1[5-9])_.+", "brats", resolve_underscores),
-    "brats2020": Layout("BraTS 2020", r"BraTS20_.+", "brats", resolve_brats2020),
-    "brats2021": Layout("BraTS 2021", r"(?!(?i:brats1[5-9])_|BraTS20_).+", "brats", resolve_underscores),
-    "brats2023": Layout(
-        "BraTS 2023", r"(?!BraTS-PED|BraTS-GLI-\d{5}-[1-9]\d\d).+", "brats2023", resolve_hyphens
-    ),
-    "brats2024": Layout("BraTS 2024", r"BraTS-GLI-\d{5}-[1-9]\d\d", "brats2024", resolve_hyphens),
-    "msd": Layout("MSD Task01", r"BRATS_\d+", "msd", resolve_msd),
-    "slices": Layout("PNG/TIF slices", r".+", "binary", resolve_slices),
-}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -222,64 +83,106 @@ def offer_channels(
     return {name: paths for name in MODALITIES if name in RGB_CHANNELS}
 
 
+class Series(NamedTuple):
+    """A numbered series of pictures, which may be a case or somebody's screenshots."""
+
+    case: Case
+    problem: InputError | None
+
+
 def resolve_folder(
     folder: Path, names: Sequence[str], layout: str, cohort: str = "", slice_channel: int = 1
-) -> list[Case]:
-    """Return the cases in one folder; with layout "auto" of every layout whose ids they have."""
+) -> list[Series]:
+    """Return the cases in one folder; with layout "auto" of every layout whose ids they have.
+
+    A name may be that of a folder with one NIfTI file in it, as archives unpacked twice leave behind.
+    """
     cases = []
     for name, row in LAYOUTS.items():
         if layout not in ("auto", name):
             continue
         for found in row.resolve(folder, names):
             if layout == name or re.fullmatch(row.ids, found.case_id):
+                modalities = {key: tuple(map(_enter, paths)) for key, paths in found.modalities.items()}
+                if name == "slices":
+                    modalities = offer_channels(modalities, slice_channel)
                 case = Case(
                     case_id=found.case_id,
                     patient_id=patient_of(found.case_id),
                     cohort=cohort,
                     layout=name,
-                    convention=row.convention,
-                    modalities=offer_channels(found.modalities, slice_channel)
-                    if name == "slices"
-                    else found.modalities,
-                    mask=found.mask,
+                    convention=found.convention or row.convention,
+                    modalities=modalities,
+                    mask=tuple(map(_enter, found.mask)),
                     slice_channel=slice_channel,
                     volume_index=found.volume_index,
                 )
-                cases.append(case)
+                cases.append(Series(case, found.problem))
     return cases
 
 
-def detect_convention(cases: Sequence[Case], usual: str) -> str:
-    """Return "brats" or "brats2023", by the value, 4 or 3, that most masks of a cohort hold.
+def _enter(path: Path) -> Path:
+    """Return a path, or the one NIfTI file in the folder of that name."""
+    if not is_nifti(path.name) or not path.is_dir():
+        return path
+    inside = [file for file in path.glob("[!.]*") if is_nifti(file.name) and file.is_file()]
+    return inside[0] if len(inside) == 1 else path
 
-    A cohort decides, not a case: masks spread over it are read until three hold one of the two. `usual` is
-    returned where they do not tell. Unreadable masks, and those that hold both, are left to who reads them.
+
+def walk_folders(root: Path, seen: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield (folder, sorted names of its files) for a root and all below it, without what we wrote ourselves.
+
+    Hidden files and folders are what killed writers leave. A folder named like a NIfTI file that holds one
+    such file counts as that file. `seen` collects some names of files, to show where nothing is found.
+    Predictions are left out and said once.
     """
-    masked = [case for case in cases if case.mask]
-    votes = {"brats": 0, "brats2023": 0}
-    order = np.linspace(0, len(masked) - 1, min(len(masked), MASKS_TO_READ)).astype(int)
-    for index in order:
-        try:
-            labels = round_labels(read_nifti_volume(masked[index].mask[0])[0])
-        except InputError:
+    left_out: list[Path] = []
+    folders_of_masks: set[Path] = set()  # of picture cases
+    for parent, folders, files in os.walk(root, followlinks=True):
+        folder = Path(parent)
+        names = [name for name in files if not name.startswith(".")]
+        if folder != root and folder.name == "predictions":
+            left_out.append(folder)
+            folders.clear()
             continue
-        has_three, has_four = bool((labels == 3).any()), bool((labels == 4).any())
-        if has_three != has_four:
-            votes["brats" if has_four else "brats2023"] += 1
-        if sum(votes.values()) == MASKS_TO_DECIDE:
-            break
-    other = next(name for name in votes if name != usual)
-    return other if votes[other] > votes[usual] else usual
+        predicted = names_of_predictions(folder, names)
+        if WRITTEN in files:
+            predicted |= {name for name in names if is_written_by_us(folder / name)}
+        folders_of_masks |= {folder / name for name in predicted if name in folders}
+        if folder in folders_of_masks:
+            predicted |= {name for name in names if re.search(r"_mask\.\w+$", name)}
+        if predicted & set(names):
+            left_out.append(folder)
+            names = [name for name in names if name not in predicted]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        unpacked = [name for name in folders if _enter(folder / name) != folder / name]
+        folders[:] = [name for name in folders if name not in unpacked]
+        names = sorted(names + unpacked)
+        seen += [str((folder / name).relative_to(root)) for name in names[: max(0, SHOWN - len(seen))]]
+        yield folder, names
+    if left_out:
+        first = ", ".join(map(str, left_out[:3])) + (" and others" if len(left_out) > 3 else "")
+        log.warning("masks that inference wrote are neither cases nor references and left out: %s", first)
 
 
-def settle_conventions(cases: Sequence[Case]) -> list[Case]:
-    """Return the cases with the label convention of their cohort: one per layout."""
-    convention_of = {}
-    for name in sorted({case.layout for case in cases}):
-        usual = LAYOUTS[name].convention
-        group = [case for case in cases if case.layout == name]
-        convention_of[name] = detect_convention(group, usual) if usual in ("brats", "brats2023") else usual
-    return [dataclasses.replace(case, convention=convention_of[case.layout]) for case in cases]
+def names_of_predictions(folder: Path, names: Sequence[str]) -> set[str]:
+    """Return the names of the masks, or of folders of them, that inference wrote into a folder.
+
+    Its volumes.csv lists them. Where nothing but masks is there, masks of an earlier run are ours too.
+    """
+    if "volumes.csv" not in names:
+        return set()
+    try:
+        with (folder / "volumes.csv").open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            if not {"case", "region", "volume_ml", "mask"} <= set(rows.fieldnames or ()):
+                return set()
+            listed = {Path(row["mask"]).name for row in rows if row["mask"]}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return set()
+    volumes = [name for name in names if is_nifti(name)]
+    masks = [name for name in volumes if modality_named(name) == "seg"]
+    return listed | set(masks) if set(volumes) <= listed | set(masks) else listed
 
 
 def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> list[Case]:
@@ -292,48 +195,134 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
     root = Path(source.data_dir)
     if not root.is_dir():
         raise InputError(root, "no such folder", "give the folder that holds the cases")
-    cases: list[Case] = []
-    visited = [root.resolve().parent]
-    for parent, folders, files in os.walk(root, followlinks=True):
-        visited += [Path(parent)] if any(name.lower().endswith(".csv") for name in files) else []
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = sorted(name for name in files if not name.startswith("."))  # what killed writers leave
-        if WRITTEN in files:  # predictions are neither cases nor references
-            names = [name for name in names if not is_written_by_us(Path(parent) / name)]
+
+    def report(error: InputError) -> None:
+        if errors is None:
+            raise error
+        errors.append(error)
+
+    found: list[Series] = []
+    visited, seen = [root.resolve().parent], []
+    for folder, names in walk_folders(root, seen):
+        visited += [folder] if any(name.lower().endswith(".csv") for name in names) else []
         try:
-            cases += resolve_folder(
-                Path(parent), names, source.layout, root.resolve().name, source.slice_channel
-            )
+            found += resolve_folder(folder, names, source.layout, root.resolve().name, source.slice_channel)
         except InputError as error:
-            if errors is None:
-                raise
-            errors.append(error)
+            report(error)
+    cases = [series.case for series in found if series.case.layout != "slices"]
+    cases = join_folders(cases, report)
+    pictures = [series for series in found if series.case.layout == "slices"]
+    for series in choose_pictures(pictures, cases):
+        if series.problem:
+            report(series.problem)
+        else:
+            cases.append(series.case)
     if not cases and not errors:
-        raise no_case(root, source.layout)
+        raise no_case(root, source.layout, seen)
     cases.sort(key=lambda case: case.case_id)
     for case, following in itertools.pairwise(cases):
         if case.case_id == following.case_id:
-            error = InputError(root, f"case {case.case_id} is there twice", "remove or rename one of the two")
-            if errors is None:
-                raise error
-            errors.append(error)
+            places = f"in {folder_of(case)} and in {folder_of(following)}"
+            report(InputError(root, f"case {case.case_id} is there twice, {places}", "remove or rename one"))
     count = Counter(case.case_id for case in cases)
     protect_inputs(path for case in cases for path in case.files)
     unique = settle_conventions([case for case in cases if count[case.case_id] == 1])
+    warn_of_gaps(unique)
     return map_patients(unique, find_sheets(visited), Path(source.mapping) if source.mapping else None)
 
 
-def no_case(root: Path, layout: str) -> InputError:
-    """Return the error of a folder without cases."""
+def folder_of(case: Case) -> Path:
+    """Return the folder of a case's first file."""
+    return next(iter((*case.modalities.values(), case.mask)))[0].parent
+
+
+def join_folders(cases: Sequence[Case], report: Callable[[InputError], None]) -> list[Case]:
+    """Return the cases with the masks that their data set keeps in another folder: BIDS and UPENN-GBM.
+
+    Images of a BIDS derivative count only where the raw data has none of the case.
+    """
+    joined = [case for case in cases if case.layout not in ("bids", "upenn")]
+    by_id: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        if case.layout in ("bids", "upenn"):
+            by_id[case.case_id].append(case)
+    for parts in by_id.values():
+        images = [part for part in parts if part.modalities]
+        raw = [part for part in images if "derivatives" not in folder_of(part).parts]
+        images = raw or images
+        masks = [part.mask[0] for part in parts if part.mask and not part.modalities]
+        masks += [part.mask[0] for part in parts if part.mask and part.modalities and part not in images]
+        if len(images) != 1 or images[0].mask or not masks:
+            joined += images  # masks alone, such as UPENN's automated ones, are no case
+            continue
+        try:
+            joined.append(dataclasses.replace(images[0], mask=(choose_mask(masks),)))
+        except InputError as error:
+            report(error)
+    return joined
+
+
+def choose_pictures(pictures: Sequence[Series], others: Sequence[Case]) -> list[Series]:
+    """Return the series of pictures that are cases, given the NIfTI cases beside them; say which are not.
+
+    Pictures in the folder of a NIfTI case, or of its id, never are. Where there is any NIfTI case a series
+    needs masks or a folder of its name; elsewhere it needs more than one slice where others have more, and
+    a name that is not that of a figure.
+    """
+    ids = {case.case_id for case in others}
+    folders = {folder_of(case) for case in others}
+    longest = max((len(series.case.modalities["flair"]) for series in pictures), default=0)
+
+    def is_case(case: Case) -> bool:
+        folder = folder_of(case)
+        if case.case_id in ids or folder in folders:
+            return False
+        if case.mask:
+            return True
+        if re.fullmatch(NO_PATIENT, case.case_id):
+            return False
+        is_at_home = case.case_id in (folder.name, folder.parent.name)
+        return is_at_home or (not others and (len(case.modalities["flair"]) > 1 or longest == 1))
+
+    chosen, left_out = [], []
+    for series in pictures:
+        (chosen if is_case(series.case) else left_out).append(series)
+    if left_out:
+        first = left_out[0].case.modalities["flair"][0]
+        log.warning("%d series of pictures are no cases and left out, first %s", len(left_out), first)
+    return chosen
+
+
+def warn_of_gaps(cases: Sequence[Case]) -> None:
+    """Log how many cases of slices have gaps in their numbers."""
+    slices = [case for case in cases if case.layout == "slices"]
+    gaps = [(case, gap) for case in slices if (gap := find_gap(case.modalities["flair"])) is not None]
+    if gaps:
+        case, gap = gaps[0]
+        log.warning(
+            "%d case(s) have gaps in the numbers of their slices, which are taken as neighbours; first %s, "
+            "without slice %d",
+            len(gaps),
+            case.case_id,
+            gap,
+        )
+
+
+def no_case(root: Path, layout: str, seen: Sequence[str]) -> InputError:
+    """Return the error of a folder without cases, with some of the names that are there."""
+    there = f"there are {', '.join(seen)}" if seen else "it holds no file"
     if layout != "auto":
         return InputError(
-            root, f"no case in the layout {layout}", "--layout auto detects the layout by what is there"
+            root,
+            f"no case in the layout {layout}; {there}",
+            "--layout auto detects the layout by what is there",
         )
     return InputError(
         root,
-        "no case found",
-        "expected files such as <case>_flair.nii.gz (BraTS 2019 to 2021), <case>-t2f.nii.gz (2023, 2024), "
-        "imagesTr/BRATS_001.nii.gz (MSD) or <case>_<z>.png",
+        f"no case found; {there}",
+        "looked for <case>_flair.nii.gz (BraTS to 2021, UPENN-GBM, UCSF-PDGM), <case>-t2f.nii.gz (BraTS from "
+        "2023), sub-<id>_FLAIR.nii.gz (BIDS), imagesTr/BRATS_001.nii.gz (MSD), imagesTr/<case>_0000.nii.gz "
+        "with a dataset.json that names channels and labels (nnU-Net), and <case>_<z>.png or .tif",
     )
 
 
@@ -375,26 +364,44 @@ def missing_modality(case: Case, name: str) -> InputError:
 
 
 def cases_of_files(paths: Sequence[Path], modalities: Sequence[str]) -> list[Case]:
-    """Return one case a NIfTI file, for a network of one modality; the file's name is the case's id."""
+    """Return one case a NIfTI file, for a network of one modality; the file's name is the case's id.
+
+    Raises InputError where a name says that the file is another modality than the network's, or a mask.
+    """
     if len(modalities) != 1:
         raise InputError(
             paths[0], f"the network needs {', '.join(modalities)}", "give the case's folder, not one file"
         )
+    (wanted,) = modalities
     cases = []
     protect_inputs(paths)
     for path in paths:
-        if not path.name.endswith((".nii", ".nii.gz")):
+        if not is_nifti(path.name):
             raise InputError(path, "not a .nii or .nii.gz file", "give PNG and TIF cases as folders")
-        named = resolve_folder(path.resolve().parent, [path.name], "auto", "files")
-        if named and modalities[0] in named[0].modalities:
-            own = {modalities[0]: (path,)}
+        named = [found.case for found in resolve_folder(path.absolute().parent, [path.name], "auto", "files")]
+        said = modality_named(path.name)
+        kinds = {said} - {None}
+        if named and said in (None, wanted):  # else the name says more than its ending
+            kinds = set(named[0].modalities) or {"seg"}
+        channel = re.search(r"_(0\d{3})$", stem_of(path.name))
+        if not named and not kinds and channel and int(channel[1]) > 0:
+            kinds = {f"channel {int(channel[1])} of a set"}
+        if kinds and wanted not in kinds:
+            kind = next(iter(kinds))
+            says = {"seg": "a mask", "other": "another sequence"}.get(kind, kind)
+            raise InputError(
+                path,
+                f"its name says that it is {says}, and the network takes {wanted}",
+                f"give the {wanted} file, or the case's folder, or rename the file where the name is wrong",
+            )
+        own = {wanted: (path,)}
+        if named:
             cases.append(dataclasses.replace(named[0], modalities=own, mask=()))
             continue
-        case_id = re.sub(r"\.nii(\.gz)?$", "", path.name)
-        layout = "brats2024" if re.fullmatch(LAYOUTS["brats2024"].ids, case_id) else "brats2021"
-        layout = "brats2023" if re.fullmatch(r"BraTS-GLI-\d{5}-0\d\d", case_id) else layout
+        case_id = stem_of(path.name)
+        layout = "brats2023" if re.fullmatch(NEW_IDS, case_id) else "brats2021"
+        layout = next((name for name in BY_ID if re.fullmatch(LAYOUTS[name].ids, case_id)), layout)
         convention = LAYOUTS[layout].convention
-        own = {modalities[0]: (path,)}
         cases.append(Case(case_id, patient_of(case_id), "files", layout, convention, own, ()))
     return cases
 
@@ -413,5 +420,11 @@ def log_cases(cases: Sequence[Case], whose: str = "") -> None:
         patients = len({case.patient_id for case in group})
         line += f", {patients:,} patients" if patients != len(group) else ""
         usual = LAYOUTS[name].convention
-        line += f", ET is {4 if usual == 'brats2023' else 3}" if group[0].convention != usual else ""
+        convention = group[0].convention
+        if name == "nnunet":
+            line += f", labels as {convention}"
+        elif convention == "binary" and usual != "binary":
+            line += ", masks of the whole tumour alone"
+        elif convention != usual:
+            line += f", ET is {4 if convention == 'brats' else 3}"
         log.info("%s%s", whose, line)

@@ -12,6 +12,7 @@ from cohort import cache, check, layouts, leakage
 from cohort import split as splits
 from cohort.cache import PreparedCase
 from cohort.cases import Case, Modalities, with_reference
+from cohort.conventions import check_regions
 from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
 from cohort.layouts import CaseSource
@@ -67,6 +68,7 @@ def select_cases(source: TrainingSource, seed: int, folder: Path, resumed: bool)
     """
     all_cases, skipped = find_sound_cases(source, folder)
     masked = with_reference(all_cases, source.data_dir)
+    check_regions(masked, source.regions)
     cases = hold_out(source, masked, folder, resumed)
     kept = {case.case_id for case in cases}
     held_out = [case.case_id for case in masked if case.case_id not in kept]
@@ -142,6 +144,17 @@ def choose_split(
     return splits.without_cases(split, left_out) if left_out else split
 
 
+def check_shown(cases: Sequence[PreparedCase], regions: Sequence[str], data_dir: str | None) -> None:
+    """Raise InputError where no mask of a run holds a region: the network would learn to leave it empty."""
+    for index, region in enumerate(regions):
+        if not any(any(case.region_voxels[index]) for case in cases):
+            raise InputError(
+                f"--regions {' '.join(regions)}",
+                f"no mask of the {len(cases)} cases in {data_dir} holds a voxel of {region}",
+                "leave it out, or see whether --layout names the labels they have",
+            )
+
+
 def prepare_parts(selection: Selection, source: TrainingSource) -> dict[str, list[PreparedCase]]:
     """Return the prepared cases of train, validation and test, on every rank.
 
@@ -154,9 +167,9 @@ def prepare_parts(selection: Selection, source: TrainingSource) -> dict[str, lis
     test_ids = set(selection.split["test"])  # of which some may be gone since
     parts["test"] = [case for case in selection.cases if case.case_id in test_ids]
     everyone = [case for members in parts.values() for case in members]
-    prepared = iter(
-        cache.prepare_for_all_ranks(everyone, source.modalities, source.regions, source.cache_dir)
-    )
+    all_prepared = cache.prepare_for_all_ranks(everyone, source.modalities, source.regions, source.cache_dir)
+    check_shown(all_prepared, source.regions, source.data_dir)
+    prepared = iter(all_prepared)
     by_part = {name: list(itertools.islice(prepared, len(members))) for name, members in parts.items()}
     leakage.check_parts({name: list(map(leakage.identify_case, own)) for name, own in by_part.items()})
     return by_part

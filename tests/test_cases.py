@@ -108,7 +108,7 @@ def test_uncompressed_files_and_cases_without_a_mask_are_found(tmp_path, write_n
 def test_cases_are_sorted_by_id_whatever_their_folders_are_called(tmp_path, write_nifti, write_slices):
     write_nifti(tmp_path / "a" / "z_flair.nii.gz", FLAIR)
     write_nifti(tmp_path / "b" / "m_flair.nii.gz", FLAIR)
-    write_slices(tmp_path / "c", "k", {1: np.zeros((4, 4), np.uint8)})
+    write_slices(tmp_path / "k", "k", {1: np.zeros((4, 4), np.uint8)})
     assert [case.case_id for case in find_cases(CaseSource(tmp_path))] == ["k", "m", "z"]
 
 
@@ -162,7 +162,7 @@ def test_modality_asked_for_must_be_there_and_others_need_not(tmp_path, write_ni
 def test_one_id_in_two_folders_is_an_error(tmp_path, write_nifti, input_error):
     write_nifti(tmp_path / "a" / "x_flair.nii.gz", FLAIR)
     write_nifti(tmp_path / "b" / "x_flair.nii.gz", FLAIR)
-    with input_error(tmp_path, "case x"):
+    with input_error(tmp_path, "case x", f"in {tmp_path / 'a'} and in {tmp_path / 'b'}"):
         find_cases(CaseSource(tmp_path))
 
 
@@ -520,10 +520,12 @@ def test_sixteen_bit_slices_keep_their_values(tmp_path, write_slices):
     assert load_case(find_cases(CaseSource(tmp_path))[0]).volume[0, :, 0, 0].tolist() == [40000, 257]
 
 
-def test_missing_slice_is_named(tmp_path, write_slices, input_error):
+def test_slices_numbered_with_a_gap_are_neighbours_and_that_is_said(tmp_path, write_slices, caplog):
     write_slices(tmp_path / "c", "c", {z: grey(z) for z in (1, 2, 10)})
-    with input_error(tmp_path / "c", "slice 3"):
-        find_cases(CaseSource(tmp_path))
+    (case,) = find_cases(CaseSource(tmp_path))
+    assert load_case(case).volume[0, :, 0, 0].tolist() == [1, 2, 10]
+    assert "gaps" in caplog.text
+    assert "c, without slice 3" in caplog.text
 
 
 def test_slice_number_that_occurs_twice_is_an_error(tmp_path, write_slices, input_error):

@@ -113,14 +113,17 @@ def test_files_not_asked_for_are_checked_only_where_every_file_is(sound):
 
 
 def test_a_folder_that_cannot_be_resolved_is_listed_and_the_rest_checked(sound, write_slices):
-    write_slices(sound / "c", "c", {z: FLAIR[0].astype(np.uint8) for z in (1, 2, 5)})
-    write_slices(sound / "d", "d", {z: FLAIR[0].astype(np.uint8) for z in (1, 2)})
+    pixels = FLAIR[0].astype(np.uint8)
+    write_slices(sound / "c", "c", {1: pixels, 2: pixels}, {1: pixels})
+    write_slices(sound / "d", "d", {1: pixels, 4: pixels})
     shutil.copytree(sound / "a", sound / "copy")
     cases, problems = check_cohort(CaseSource(sound), ("flair",))
     assert [case.case_id for case in cases] == ["b", "d"]  # which a is meant, nobody knows
-    assert [(found.case, found.severity) for found in problems] == [("", "error"), ("", "error")]
-    assert "slice 3 of c" in problems[0].problem
+    severities = [(found.case, found.severity) for found in problems]
+    assert severities == [("", "error"), ("", "error"), ("d", "warning")]
+    assert "no _mask" in problems[0].problem
     assert "case a is there twice" in problems[1].problem
+    assert "slice 2 is missing" in problems[2].problem
 
 
 def test_processes_find_what_one_process_finds_in_the_same_order(tmp_path, sound):

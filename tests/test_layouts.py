@@ -243,12 +243,6 @@ def test_only_the_misnamed_mask_of_a_maskless_2020_case_is_taken(tmp_path):
     assert case.mask == (folder / "BraTS20_Training_355_seg.nii",)
 
 
-def test_paediatric_cases_have_other_labels_and_are_not_taken(tmp_path, input_error):
-    write_layout(tmp_path, "brats2023", "BraTS-PED-00001-000")
-    with input_error(tmp_path, "no case"):
-        find_cases(CaseSource(tmp_path))
-
-
 def test_a_layout_that_is_not_there_is_named(tmp_path, input_error):
     write_layout(tmp_path, "brats2021")
     with input_error(tmp_path, "brats2023", "--layout auto"):
