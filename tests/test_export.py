@@ -145,6 +145,26 @@ def test_post_processing_is_passed_on(checkpoint):
     assert "data_dir" not in described["config"]
 
 
+def test_the_export_of_a_last_checkpoint_has_a_threshold_of_one_half(checkpoint):
+    content = load_checkpoint(checkpoint)
+    del content["thresholds"]
+    assert describe_checkpoint(checkpoint, content)["thresholds"] == [0.5, 0.5]
+
+
+def test_an_export_replaces_neither_the_checkpoint_nor_a_file_of_others(checkpoint, tmp_path, input_error):
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"another's")
+    link = tmp_path / "link.onnx"
+    link.symlink_to(checkpoint)
+    before = file_sha256(checkpoint)
+    with input_error(other, "--overwrite"):
+        export_v2.main(ExportConfig(checkpoint=str(checkpoint), output=str(other)))
+    with input_error(link, "never"):
+        export_v2.main(ExportConfig(checkpoint=str(checkpoint), output=str(link), overwrite=True))
+    assert other.read_bytes() == b"another's"
+    assert file_sha256(checkpoint) == before
+
+
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """Make every import of a package fail as if it were not installed."""
     real = builtins.__import__
