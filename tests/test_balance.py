@@ -35,6 +35,7 @@ from dataset_balance_v2 import (
     reference_range,
     slice_kind,
     slice_table,
+    training_spacing,
     warn_of_crop,
 )
 
@@ -193,6 +194,30 @@ def test_a_crop_that_cuts_tumour_off_is_logged(tmp_path, caplog, tumour, size, e
     fitted = fit_slices(reference[:, 1], place_slices(40, 80, size), is_mask=True)
     if size != 63:
         assert bool(caplog.messages) == (fitted.sum() < reference.sum())
+
+
+def test_training_slabs_are_cropped_around_the_head(tmp_path, caplog):
+    # The head is columns 0 to 50 of 80: the middle 64 columns begin at 8 and would cut its tumour.
+    masks = np.zeros((2, 3, 40, 80), bool)
+    masks[0, :, 5:35, 0:50] = True
+    masks[1, 1, 8:12, 2:10] = True
+    volume = np.where(masks[:1], np.float16(1), np.float16(-2))
+    facts = write_entry(tmp_path / "entry", volume, masks, (4, 1, 1), {})
+    case = open_entry(Case("x", "x", "made", "brats2021", "brats", {}, ()), tmp_path / "entry", facts)
+    assert case.head_box == ((5, 35), (0, 50))
+    warn_of_crop([case], 64)
+    assert caplog.messages == []
+    _, target = SlabDataset([case], slice_table([case], ("WT",)), 1, 64, augment=False)[1, 0]
+    assert target.sum() == masks[1].sum()
+    assert np.argwhere(target[0].numpy() > 0)[0].tolist() == [8 + 12, 2]  # 12 rows of padding, from column 0
+
+
+def test_the_spacing_of_training_is_as_the_network_sees_it(tmp_path):
+    reference = np.zeros((1, 1, 40, 80), bool)
+    case = store(tmp_path, np.zeros((1, 1, 40, 80), np.float16), reference)  # at 1 mm
+    assert training_spacing([case], 80)["in_plane"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert training_spacing([case], 40)["in_plane"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert training_spacing([dataclasses.replace(case, spacing_known=False)], 80) is None
 
 
 def test_the_size_advised_keeps_tumour_of_cases_that_were_resized_before(tmp_path, caplog):

@@ -198,6 +198,17 @@ def test_the_brain_is_that_of_the_raw_intensities_of_the_first_modality(phantom_
     assert not any(of_scores)  # clipped z-scores have another brain
 
 
+def test_inverted_grey_values_are_warned_of_each_time(phantom_cohort, tmp_path, write_nifti, caplog):
+    flair = load_case(find_cases(CaseSource(phantom_cohort))[0]).volume[0].transpose(2, 1, 0)
+    for case_id, array in (("inverted", flair.max() - flair), ("sound", flair)):
+        write_nifti(tmp_path / "data" / case_id / f"{case_id}_flair.nii.gz", array)
+    for _ in range(2):
+        caplog.clear()
+        prepare_cases(find_cases(CaseSource(tmp_path / "data")), ("flair",), (), tmp_path / "cache")
+        (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert warning.startswith("inverted: flair is brightest in air")
+
+
 def test_the_audit_calibrates_over_the_brain_of_the_validation_cases(phantom_cohort, cache, monkeypatch):
     prepared = prepare_cases(find_cases(CaseSource(phantom_cohort))[:3], ("flair",), ("WT",), cache)
     model = SimpleNamespace(regions=("WT",), thresholds=(0.5,), checkpoint={})

@@ -332,6 +332,7 @@ def test_hold_out_leaves_a_cohort_out_of_the_run_and_records_it(held):
     assert sorted(used) == sorted(set(names) - set(left_out))
     checkpoint = load_checkpoint(folder / "results" / "honest" / "best.pt")
     assert checkpoint["held_out"] == left_out
+    assert set(checkpoint["spacing_mm"]) == {"in_plane", "slices"}
     assert json.loads((folder / "results" / "honest" / "config.json").read_text())["held_out"] == left_out
     assert not {entry[0] for entry in checkpoint["seen"]} & set(left_out)
 
