@@ -79,16 +79,17 @@ def summarise_cohort(rows: pd.DataFrame, seed: int) -> dict[str, Any]:
 def summarise_all(rows: pd.DataFrame, regions: Sequence[str], seed: int) -> dict[str, Any]:
     """Return {cohort: {region: {mode: summary, and paired Dice differences}}} of all per-case rows.
 
-    "tta_gain" is TTA minus plain. Where post-processing is on, "postprocessing_gain" is with minus without
-    it, both with TTA.
+    "tta_gain" is TTA minus plain; masks of another tool are plain alone and have none. Where post-processing
+    is on, "postprocessing_gain" is with minus without it, both with TTA.
     """
     cohorts: dict[str, Any] = {}
     for (cohort, region), of_region in rows.groupby(["cohort", "region"], sort=False):
         modes = {mode: table.reset_index(drop=True) for mode, table in of_region.groupby("mode", sort=False)}
-        patients = modes["tta"]["patient"].tolist()
+        patients = next(iter(modes.values()))["patient"].tolist()
         dice = {mode: table["dice"].to_numpy() for mode, table in modes.items()}
         summary = {mode: summarise_cohort(table, seed) for mode, table in modes.items()}
-        summary["tta_gain"] = compare_paired(dice["tta"], dice["plain"], patients, seed)
+        if "tta" in modes:
+            summary["tta_gain"] = compare_paired(dice["tta"], dice["plain"], patients, seed)
         if "tta_raw" in modes:
             summary["postprocessing_gain"] = compare_paired(dice["tta"], dice["tta_raw"], patients, seed)
         cohorts.setdefault(cohort, {})[region] = summary
