@@ -25,7 +25,7 @@ import tyro
 from audit.compare import compare_runs
 from audit.figures import draw_figures
 from audit.masks import postprocess, settings_of, threshold_regions
-from audit.measure import measure_case, summarise_all
+from audit.measure import mean_uncertainty, measure_case, summarise_all
 from audit.overlays import take_picture
 from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
@@ -303,12 +303,18 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
             if brain is not None:
                 bins[mode][index] = reliability_counts(probabilities[index][brain], reference[index][brain])
         masks |= masks_by_mode(model, mode, probabilities, case.spacing_mm)
+    whole_brain = case.brain if brain is None else brain
+    uncertainties = [
+        mean_uncertainty(views[:, index], masks["tta"][index], whole_brain)
+        for index in range(len(model.regions))
+    ]
     rows = []
     for mode, predictions in masks.items():
         for index, region in enumerate(model.regions):
             row = {"cohort": cohort, "case": case.case_id, "patient": case.patient_id}
             row |= {"region": region, "mode": mode}
             row |= measure_case(reference[index], predictions[index], case.spacing_mm)
+            row |= {"uncertainty": uncertainties[index] if mode == "tta" else float("nan")}
             rows.append(row | {"seconds_three_views": round(seconds, 3)})
     picture = None
     if cohort != "validation":

@@ -8,6 +8,7 @@ from audit.overlays import plot_ranked_cases
 from audit.plots import (
     plot_bland_altman,
     plot_curves,
+    plot_dice_against_uncertainty,
     plot_dice_against_volume,
     plot_dice_per_case,
     plot_precision_recall,
@@ -26,11 +27,17 @@ CAPTIONS = {
     "volume_bland_altman.png": "Volume error: prediction minus reference against their mean, with TTA; lines "
     "at the mean and the limits of agreement (mean and 1.96 SD over cases).",
     "tta_gain.png": "What TTA changes: Dice with TTA minus Dice without, per test case.",
+    "dice_against_uncertainty.png": "Dice against uncertainty per test case: the SD of the probability over "
+    "the three views of TTA, mean over the predicted voxels, or the brain's where nothing is predicted (open "
+    "marks).",
     "precision_recall.png": "Precision and recall over thresholds, voxels pooled, with TTA; the ring is the "
     "threshold used.",
     "calibration.png": "Calibration on validation: share of reference tumour among the brain's voxels of "
     "each probability, and how many voxels there are (voxels pooled, before post-processing).",
 }
+
+
+NEED_NETWORK = ("tta_gain.png", "dice_against_uncertainty.png", "precision_recall.png", "calibration.png")
 
 
 def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
@@ -53,11 +60,16 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     plot_bland_altman(folder / "volume_bland_altman.png", tested, cohorts, note)
     if mode == "tta":
         plot_tta_gain(folder / "tta_gain.png", tested, cohorts, note)
+        path = folder / "dice_against_uncertainty.png"
+        if "uncertainty" in tested:
+            plot_dice_against_uncertainty(path, tested, cohorts, note)
+        else:
+            del captions[path.name]
         path = folder / "precision_recall.png"
         plot_precision_recall(path, results.counts, summary["threshold"], THRESHOLDS, note)
         plot_reliability(folder / "calibration.png", summary["calibration"], note)
     else:
-        for name in ("tta_gain.png", "precision_recall.png", "calibration.png"):
+        for name in NEED_NETWORK:
             del captions[name]
     region = results.rows["region"].iloc[0]
     for cohort, pictures in results.pictures.items():

@@ -178,6 +178,27 @@ def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
     save_figure(figure, path)
 
 
+def plot_dice_against_uncertainty(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
+    """Draw Dice with TTA against the column `uncertainty`, with the rank correlation; empty masks open."""
+    figure, panels = _panels(rows, 5.2, 3.4)
+    for (cohort, region), axes in panels.items():
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        is_empty = chosen["prediction_ml"] == 0
+        colour = COHORT_COLOURS[cohort]
+        for shown, fill in ((chosen[~is_empty], colour), (chosen[is_empty], "none")):
+            axes.scatter(shown["uncertainty"], shown["dice"], s=26, edgecolors=colour, facecolors=fill)
+        found = cohorts[cohort][region]["uncertainty_and_dice"]
+        known = "undefined" if found["spearman"] is None else f"{found['spearman']:+.2f}"
+        axes.set_xlim(left=0)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("SD over the views of TTA, mean over predicted voxels")
+        axes.set_ylabel(f"{region} Dice per case")
+        axes.set_title(f"{cohort}: rank correlation {known}, n = {found['n']}", fontsize=10)
+        tidy(axes)
+    figure.suptitle(f"Dice against uncertainty, with TTA{note}", fontsize=11)
+    save_figure(figure, path)
+
+
 def plot_precision_recall(
     path: Path,
     counts: dict[str, np.ndarray],

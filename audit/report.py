@@ -166,6 +166,20 @@ def tabulate_calibration(summary: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def tabulate_uncertainty(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the rank correlation of uncertainty and Dice of each cohort and region; empty without TTA."""
+    rows = [
+        {
+            **place,
+            "cases": str(found["n"]),
+            "rank correlation of Dice and uncertainty": format_number(found["spearman"]),
+        }
+        for place, modes in _by_region(summary)
+        if (found := modes.get("uncertainty_and_dice"))
+    ]
+    return pd.DataFrame(rows)
+
+
 def tabulate_worst(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the test cases with the lowest Dice (TTA, where there is) of each cohort and region."""
     tested = rows[(rows["cohort"] != "validation") & (rows["mode"] == headline_mode(rows))]
@@ -234,7 +248,8 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     """Log warnings, tables, and what was chosen on validation."""
     for warning in list_warnings(summary):
         log.warning("%s", warning)
-    for tabulate in (tabulate_scores, tabulate_lesions, tabulate_calibration, tabulate_gains):
+    tables = (tabulate_scores, tabulate_lesions, tabulate_calibration, tabulate_gains, tabulate_uncertainty)
+    for tabulate in tables:
         table = tabulate(summary)
         if not table.empty:
             log.info("\n%s", table.to_string(index=False))
@@ -267,6 +282,7 @@ def write_report(path: Path, results: AuditResults, figures: Mapping[str, Path])
             "lesions": tabulate_lesions(summary),
             "postprocessing": tabulate_postprocessing(summary),
             "calibration": tabulate_calibration(summary),
+            "uncertainty": tabulate_uncertainty(summary),
             "worst": tabulate_worst(results.rows),
             "leakage": results.leakage,
         },

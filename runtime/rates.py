@@ -18,8 +18,8 @@ def settle_rates(
     """Return the settings of a run to go on with; where rates are set anew, `rate_since` says from when.
 
     `defaults` are the run's own settings, `checkpoint` its last.pt. A typed --learning-rate counts as new
-    even where it is the old one, as the rate has dropped since. InputError where a rate is changed and the run
-    is not finished or gets no more epochs.
+    even where it is the old one, as the rate has dropped since. InputError where a rate is changed and
+    the run is not finished or gets no more epochs.
     """
     settings = parse(defaults)
     # a flag was typed where another default does not change its value
