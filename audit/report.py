@@ -212,6 +212,8 @@ def list_warnings(summary: Mapping[str, Any]) -> list[str]:
             "These masks were made by another tool. What it was trained on is not known here, so no search "
             "for leakage was made and nothing says that the cases were held out."
         )
+        if copies := scored["n_identical"]:
+            warnings.append(f"{copies} prediction(s) equal their reference voxel for voxel: are they copies?")
         if missing := len(scored["missing"]):
             warnings.append(
                 f"{missing} of {scored['n_cases']} cases have no prediction and are in no number; "

@@ -82,7 +82,7 @@ def score_predictions(settings: ScoreSettings) -> None:
     scored = list(map_in_processes(score, matched.pairs, "scoring", "case"))
     rows = pd.DataFrame([row for of_case, _ in scored for row in of_case])
     pictures = {case.case_id: picture for case, (_, picture) in zip(cases, scored, strict=True)}
-    warn_of_rows(rows)
+    warn_of_regions(rows)
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
     summary = summarise_scores(settings, matched, rows, regions)
     write_json(folder / "summary.json", summary)
@@ -124,6 +124,8 @@ def choose_pairs(settings: ScoreSettings) -> Matched:
         if names:
             more = ", ..." if len(names) > SHOWN else ""
             log.warning("%d %s: %s%s", len(names), what, ", ".join(names[:SHOWN]), more)
+    if matched.ignored:
+        log.info("%d other file(s) of these cases are no masks by name", len(matched.ignored))
     if (matched.missing or matched.unknown) and not settings.allow_missing:
         first = (*matched.missing, *matched.unknown)[0]
         raise InputError(
@@ -154,12 +156,14 @@ def score_case(
     return rows, take_picture(background, masks.reference[0], masks.prediction[0], masks.spacing_mm)
 
 
-def warn_of_rows(rows: pd.DataFrame) -> None:
-    """Log what makes the numbers doubtful: copies of the references, regions that no mask shows."""
-    copies = rows[(rows["fp"] + rows["fn"] == 0) & (rows["tp"] > 0)].groupby("case").size()
-    regions = rows["region"].nunique()
-    if copied := int((copies == regions).sum()):
-        log.warning("%d prediction(s) equal their reference voxel for voxel; are they copies of it?", copied)
+def count_identical(rows: pd.DataFrame) -> int:
+    """Return how many cases have a prediction that is the reference in every region, and not empty."""
+    by_case = rows.groupby("case")[["tp", "fp", "fn"]].sum()
+    return int(((by_case["fp"] + by_case["fn"] == 0) & (by_case["tp"] > 0)).sum())
+
+
+def warn_of_regions(rows: pd.DataFrame) -> None:
+    """Log which regions no prediction shows though references do."""
     for region, of_region in rows.groupby("region", sort=False):
         if not of_region["prediction_ml"].any() and of_region["reference_ml"].any():
             log.warning(
@@ -189,6 +193,7 @@ def summarise_scores(
             "data_dir": str(settings.source.data_dir),
             "n_scored": len(matched.pairs),
             "n_cases": len(matched.pairs) + len(matched.missing),
+            "n_identical": count_identical(rows),
             "missing": matched.missing,
             "unknown": matched.unknown,
         },

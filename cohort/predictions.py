@@ -30,7 +30,8 @@ class Matched:
 
     pairs: list[tuple[Case, tuple[Path, ...]]]  # and the files of its prediction
     missing: list[str]  # ids of the cases with a reference and no prediction
-    unknown: list[str]  # files that belong to no case with a reference
+    unknown: list[str]  # masks that belong to no case with a reference
+    ignored: list[str]  # other files of cases that have a prediction, such as probability maps
 
 
 def match_predictions(folder: Path, cases: Sequence[Case]) -> Matched:
@@ -60,11 +61,14 @@ def match_predictions(folder: Path, cases: Sequence[Case]) -> Matched:
             pairs.append((case, found))
         else:
             missing.append(case.case_id)
-    unknown = [str(path) for paths in volumes.values() for path in paths]
+    scored = tuple(f"{case.case_id}{joint}" for case, _ in pairs for joint in "_-.")
+    others = [path for paths in volumes.values() for path in paths]
+    ignored = [str(path) for path in others if path.name.startswith(scored)]
+    unknown = [str(path) for path in others if not path.name.startswith(scored)]
     if any(case.layout == "slices" for case in cases):  # elsewhere pictures are previews
         unknown += [f"{case_id} ({len(numbers)} slices)" for case_id, numbers in slices.items()]
     refuse_own_files(pairs, cases)
-    return Matched(pairs, missing, sorted(unknown))
+    return Matched(pairs, missing, sorted(unknown), sorted(ignored))
 
 
 def name_of_case(name: str, ids: set[str]) -> str:

@@ -88,6 +88,7 @@ def test_masks_are_scored_on_the_native_grid_whatever_their_orientation(data: Pa
     assert summary["includes_seen_cases"] is None
     assert summary["leakage"].startswith("unknown")
     assert summary["calibration"] == {}
+    assert summary["predictions"]["n_identical"] == 0
     names = {path.name for path in (folder / "evaluation").iterdir()}
     assert names == {
         "summary.json", "metrics_per_case.csv", "report.html", "dice_per_case.png", "dice_against_volume.png",
@@ -148,6 +149,8 @@ def test_masks_of_one_label_are_whole_tumour_or_nothing(
     assert masks
     with input_error("no other label than 1", "--regions WT"):
         score(data, tmp_path / "binary")
+    summary, _, _ = score(data, tmp_path / "binary", regions=("WT",))
+    assert summary["predictions"]["n_identical"] == 3  # which deserves a warning
     for region, name in (("WT", "binary"), ("TC", "core")):
         summary, _, _ = score(data, tmp_path / name, regions=(region,))
         assert summary["cohorts"]["predictions"][region]["plain"]["dice"]["mean"] == 1
@@ -157,6 +160,13 @@ def test_inputs_and_references_are_no_predictions(data: Path, masks: Path, input
     assert masks
     with input_error("is a file of case", "--predictions"):
         score(data, data, allow_missing=True)
+
+
+def test_other_files_beside_a_prediction_are_no_predictions(data: Path, masks: Path) -> None:
+    shutil.copy(masks / "BraTS2021_00000.nii.gz", masks / "BraTS2021_00000_WT_probability.nii.gz")
+    summary, _, _ = score(data, masks)
+    assert summary["predictions"]["unknown"] == []
+    assert summary["cohorts"]["predictions"]["WT"]["plain"]["n_cases"] == 3
 
 
 def test_two_predictions_of_a_case_are_refused(data: Path, masks: Path, input_error: Callable) -> None:
