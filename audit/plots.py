@@ -189,7 +189,7 @@ def plot_dice_against_uncertainty(path: Path, rows: pd.DataFrame, cohorts: dict,
             axes.scatter(shown["uncertainty"], shown["dice"], s=26, edgecolors=colour, facecolors=fill)
         found = cohorts[cohort][region]["uncertainty_and_dice"]
         known = "undefined" if found["spearman"] is None else f"{found['spearman']:+.2f}"
-        axes.set_xlim(0, 1.08 * chosen["uncertainty"].max() or None)
+        axes.set_xlim(0, 1.08 * max(chosen["uncertainty"].fillna(0).max(), 1e-3))
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("SD over the views of TTA, mean over predicted voxels")
         axes.set_ylabel(f"{region} Dice per case")
