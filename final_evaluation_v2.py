@@ -3,6 +3,7 @@
     python final_evaluation_v2.py                                       the newest run in results/
     python final_evaluation_v2.py --run results/RUN --external-dir data/BraTS2019
     python final_evaluation_v2.py --compare results/RUN_A results/RUN_B
+    python final_evaluation_v2.py --predictions DIR --data-dir D        masks that another tool made
     torchrun --nproc-per-node 2 -- final_evaluation_v2.py --run results/RUN    the same, cases shared by ranks
 
 The headline is Dice per case on the native grid, then the mean over cases, with a bootstrap 95 % interval
@@ -25,14 +26,16 @@ import tyro
 from audit.compare import compare_runs
 from audit.figures import draw_figures
 from audit.masks import postprocess, settings_of, threshold_regions
-from audit.measure import measure_case, summarise_all
+from audit.measure import mean_uncertainty, measure_case, summarise_all
 from audit.overlays import take_picture
 from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
+from audit.score import ScoreSettings, score_predictions
 from audit.seen import identify_seen, search_leakage
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
 from cohort.cache import PreparedCase, prepare_for_all_ranks
 from cohort.cases import Case, with_reference
+from cohort.labels import Regions
 from cohort.layouts import CaseSource, find_cases, find_cases_of_run, log_cases
 from cohort.leakage import unpack_identities
 from cohort.split import cases_of_split, read_split
@@ -66,7 +69,7 @@ MODES = ("plain", "tta")
 
 @dataclass(frozen=True)
 class ExternalSource(CaseSource):
-    """The external cohort: where its cases are and how they are read."""
+    """The external cohort: where its cases are and how they are read; with --predictions how those are."""
 
     data_dir: Annotated[str | None, tyro.conf.arg(name="external-dir")] = None
     """a further cohort to test on; default: the demo's own after the demo, else none"""
@@ -79,12 +82,19 @@ class EvaluationConfig:
     run: str | None = None
     """run folder to audit; default: the newest in results/"""
     data_dir: str | None = None
-    """folder with the run's cases, where it has moved since training"""
+    """folder with the run's cases, where it has moved since training; with --predictions that of the cases"""
     external: tyro.conf.OmitArgPrefixes[ExternalSource] = ExternalSource()
     compare: tuple[str, ...] = ()
     """two audited run folders to compare over their common test cases, and nothing else"""
+    predictions: str | None = None
+    """folder of masks that another tool made, to be scored as a run's are, without a network"""
+    regions: Regions | None = None
+    """with --predictions, regions to score; default: all that the cases' label convention has"""
+    allow_missing: bool = False
+    """with --predictions, score what is there where predictions or cases are missing, and mark the output"""
     output: str | None = None
-    """folder to write to, empty or of an earlier audit; default: RUN/evaluation"""
+    """folder to write to, empty or of an earlier audit; default: RUN/evaluation, with --predictions
+    results/scores_DIR/evaluation"""
     overwrite: bool = False
     """write to a folder that holds files of others too"""
     allow_seen: bool = False
@@ -116,6 +126,10 @@ def main(config: EvaluationConfig) -> None:
             if config.output:
                 mark_output_folder(Path(config.output))
             compare_runs(config.compare, config.output, config.seed)
+        return
+    if settings := choose_scoring(config):
+        if is_main():
+            score_predictions(settings)
         return
     set_seed(config.seed)
     run = from_main(Path(config.run) if config.run else newest_run(Path("results")))
@@ -172,6 +186,35 @@ def main(config: EvaluationConfig) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Which cases
 # ------------------------------------------------------------------------------------------------------------
+
+
+def choose_scoring(config: EvaluationConfig) -> ScoreSettings | None:
+    """Return what is scored without a network, None without --predictions; InputError on flags at odds."""
+    if config.predictions is None:
+        for flag, given in (("--regions", config.regions), ("--allow-missing", config.allow_missing)):
+            if given:
+                raise InputError(flag, "belongs to --predictions", "leave it out; a run has its own regions")
+        return None
+    if config.data_dir is None:
+        raise InputError(
+            "--predictions", "the references are not named", "name the cases' folder by --data-dir"
+        )
+    for flag, given in (("--run", config.run), ("--external-dir", config.external.data_dir)):
+        if given:
+            raise InputError(flag, "does not go with --predictions, which has no network", "leave one out")
+    return ScoreSettings(
+        predictions=Path(config.predictions),
+        source=CaseSource(
+            config.data_dir,
+            config.external.layout,
+            config.external.mapping,
+            config.external.slice_channel,
+        ),
+        regions=config.regions,
+        allow_missing=config.allow_missing,
+        output=Path(config.output) if config.output else None,
+        seed=config.seed,
+    )
 
 
 def read_split_of(run: Path, model: TrainedModel) -> dict[str, Any]:
@@ -284,12 +327,18 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
             if brain is not None:
                 bins[mode][index] = reliability_counts(probabilities[index][brain], reference[index][brain])
         masks |= masks_by_mode(model, mode, probabilities, case.spacing_mm)
+    whole_brain = case.brain if brain is None else brain
+    uncertainties = [
+        mean_uncertainty(views[:, index], masks["tta"][index], whole_brain)
+        for index in range(len(model.regions))
+    ]
     rows = []
     for mode, predictions in masks.items():
         for index, region in enumerate(model.regions):
             row = {"cohort": cohort, "case": case.case_id, "patient": case.patient_id}
             row |= {"region": region, "mode": mode}
             row |= measure_case(reference[index], predictions[index], case.spacing_mm)
+            row |= {"uncertainty": uncertainties[index] if mode == "tta" else float("nan")}
             rows.append(row | {"seconds_three_views": round(seconds, 3)})
     picture = None
     if cohort != "validation":

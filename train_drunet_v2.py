@@ -4,6 +4,7 @@
     python train_drunet_v2.py --data-dir data/cohort         your own cases
     python train_drunet_v2.py --resume results/RUN           go on where a run stopped
     python train_drunet_v2.py --config results/RUN/config.json    a new run with the settings of another
+    python train_drunet_v2.py --init results/RUN/best.pt ...      a new run from the weights of another
     torchrun --nproc-per-node 2 -- train_drunet_v2.py ...    the same on two GPUs, --batch-size on each
 
 A run is a folder in results/ that explains itself; results/README.md says what it holds.
@@ -31,10 +32,10 @@ import dataset_balance_v2 as dataset
 import inference_v2 as inference
 import model_drunet_v2 as model
 from audit import masks, overlays, plots
-from cohort import cache, leakage, phantom, selection
+from cohort import cache, initial, phantom, selection
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
-from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks
+from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks, rates
 from runtime.command import Count, CountOrNone, Decay, NotNegative, Positive, Seed, Share
 from runtime.errors import InputError
 from runtime.log import log, log_to_file, progress
@@ -60,6 +61,8 @@ class TrainConfig:
     --workers, --device, --cache-dir, --compile, --checkpointing and --probe may be given with it"""
     config: str | None = None
     """config.json of another run, whose settings are the defaults of this one"""
+    init: str | None = None
+    """checkpoint whose weights the run starts from; its network and regions are the defaults"""
     seed: Seed = 0
     """seed of weights, split, draws and augmentation"""
 
@@ -98,9 +101,11 @@ class TrainConfig:
     accumulate: Count = 1
     """steps whose gradients are added up before the weights move"""
     learning_rate: Positive = 1e-4
-    """AdamW learning rate after warm-up"""
+    """AdamW learning rate after warm-up; --resume may set it again for a finished run with more --epochs"""
     min_learning_rate: NotNegative = 1e-5
-    """the learning rate never drops below this"""
+    """the learning rate never drops below this; where it is set again, the run goes on from --learning-rate"""
+    rate_since: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
+    """epochs that were finished when the learning rate was last set again"""
     warmup_steps: CountOrNone = 200
     """optimiser steps of linear warm-up, at most one epoch"""
     patience: CountOrNone = 5
@@ -169,14 +174,19 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         settings = command.from_plain(
             TrainConfig, files.read_json(Path(typed.config), "--config", "a run's config.json")
         )
-        return parse(dataclasses.replace(settings, run=None, resume=None))
+        return parse(dataclasses.replace(settings, run=None, resume=None, rate_since=0))
     is_demo = typed.cases.data_dir is None and not phantom.DEFAULT_DATA.is_dir()
+    if typed.init:
+        own = initial.network_settings(initial.read_initial(typed.init))
+        base = command.to_plain(DEMO if is_demo else TrainConfig())
+        return parse(command.from_plain(TrainConfig, base | own))
     return parse(DEMO) if is_demo else typed
 
 
 def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
     """Return the settings of a run to go on with; InputError where the command line contradicts them."""
-    saved = command.from_plain(TrainConfig, checkpoints.load_checkpoint(folder / "last.pt")["config"])
+    checkpoint = checkpoints.load_checkpoint(folder / "last.pt")
+    saved = command.from_plain(TrainConfig, checkpoint["config"])
     defaults = dataclasses.replace(
         saved,
         resume=str(folder),
@@ -185,8 +195,10 @@ def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> Trai
         run=folder.name,
         max_minutes=None,
     )
-    settings = parse(defaults)
-    before = command.to_plain(defaults)
+    settings = rates.settle_rates(folder, parse, defaults, checkpoint)
+    before = command.to_plain(defaults) | {
+        name: getattr(settings, name) for name in (*rates.RATES, "rate_since")
+    }
     for name, value in command.to_plain(settings).items():
         if value != before[name] and name not in (*RESUMABLE, "resume"):
             flag = command.flag_of(name)
@@ -365,7 +377,8 @@ def finish_epoch(
     if is_better:
         state.best_dice, state.best_epoch = mean, state.epoch
     state.scheduler.step(mean)
-    if max(clock.fraction_used(), state.epoch / config.epochs) >= config.drop_by:
+    done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
+    if max(clock.fraction_used(), done) >= config.drop_by:
         optimizer.param_groups[0]["lr"] = min(optimizer.param_groups[0]["lr"], config.min_learning_rate)
     peak_gb = machine.peak_memory_gb(run.device)
     if ranks.is_main():
@@ -461,8 +474,13 @@ def place_run(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, cases=source, run=name)
 
 
-def make_state(config: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> TrainState:
-    """Return the state of a run before its first step."""
+def make_state(
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    weights: initial.InitialWeights | None = None,
+) -> TrainState:
+    """Return the state of a run before its first step, with the weights of --init where there are."""
     try:
         network = model.build_network(command.to_plain(config))
     except ValueError as error:
@@ -472,6 +490,8 @@ def make_state(config: TrainConfig, device: torch.device, dtype: torch.dtype | N
             f"--size {config.size}",
             f"must be a multiple of {network.multiple} for {len(config.widths)} widths",
         )
+    if weights:
+        initial.start_from(network, command.to_plain(config), weights)
     network.checkpointing = config.checkpointing
     if config.sync_batchnorm:
         network = ranks.sync_batchnorm(network, device)
@@ -577,13 +597,15 @@ def main(config: TrainConfig) -> None:
     dtype = machine.amp_dtype(device, config.amp)
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
     machine.set_seed(config.seed)
-    state = make_state(config, device, dtype)
+    weights = initial.read_initial(config.init) if config.init and not checkpoint else None
+    state = make_state(config, device, dtype, weights)
     run, chosen = open_run(config, device, dtype)
     if checkpoint:
         state.restore(checkpoint, last)
+        if config.rate_since != checkpoint["config"].get("rate_since", 0):
+            state.restart_rate(config.learning_rate, config.min_learning_rate)
     cases = selection.prepare_parts(chosen, config.cases)
-    seen = [leakage.identify_case(case) for case in (*cases["train"], *cases["validation"])]
-    run.facts.update(leakage.pack_identities(seen))
+    run.facts.update(initial.find_facts(config.init, weights, checkpoint, cases))
     run.facts["spacing_mm"] = dataset.training_spacing(cases["train"], config.size)
     run.facts["reference_ml"] = dataset.reference_range(cases["train"], config.cases.regions)
     loader = make_loader(run, cases["train"])
@@ -607,7 +629,7 @@ def main(config: TrainConfig) -> None:
         state.epoch += 1
         state.minutes = minutes_before + clock.minutes()
         finish_epoch(run, state, clock, figures, dice)
-        if state.epoch - state.best_epoch >= config.early_stop:
+        if state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop:
             log.info(f"no better validation Dice for {config.early_stop} epochs: stopping early")
             break
     log.info(

@@ -3,7 +3,8 @@
     python final_evaluation_v2.py --compare results/RUN_A results/RUN_B
 
 Only cases that both runs audited as test cases, and that neither of them had seen, are compared, so each
-case is its own control.
+case is its own control. In place of a run there may be the scores of another tool's masks (--predictions):
+they are compared with the other's masks in each of its modes. What that tool has seen is not known.
 """
 
 import json
@@ -23,7 +24,11 @@ from runtime.errors import InputError
 from runtime.files import file_sha256, write_json
 from runtime.log import log
 
-TEST_COHORTS = ("internal", "external")  # validation chose the threshold; external_unseen is part of external
+TEST_COHORTS = (
+    "internal",
+    "external",
+    "predictions",
+)  # validation chose the threshold; external_unseen is part of external
 COMPARED = ("dice", "hd95_mm", "nsd_1mm", "lesion_dice", "lesion_hd95_mm")
 KEYS = ["cohort", "case", "patient", "region", "mode"]
 
@@ -36,14 +41,41 @@ def read_rows(run: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, dtype={"case": str, "patient": str})
     if missing := [name for name in (*KEYS, *COMPARED, "seen_in_training") if name not in rows]:
         raise InputError(path, f"no column {missing[0]}", f"audit {run} again with this version")
+    rows["seen_in_training"] = rows["seen_in_training"].eq(True)  # empty where it is not known
     # a seen case of an external cohort is reported by the audit, and compared by nobody
-    rows = rows[(rows["cohort"] != "external") | ~rows["seen_in_training"].astype(bool)]
+    rows = rows[(rows["cohort"] != "external") | ~rows["seen_in_training"]]
     return rows[rows["cohort"].isin(TEST_COHORTS) & rows["mode"].isin(("plain", "tta"))]
 
 
+def is_given(rows: pd.DataFrame) -> bool:
+    """Return whether rows are of another tool's masks."""
+    return bool((rows["cohort"] == "predictions").any())
+
+
+def align_given(rows: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Return both tables, that of another tool's masks under the cohorts and modes of the run beside it.
+
+    Of these masks those cases stay that the run tested; they are the same in each of the run's modes. Tables
+    of two runs, or of two tools, come back as they are.
+    """
+    aligned = list(rows)
+    for index, (table, other) in enumerate(zip(rows, rows[::-1], strict=True)):
+        if is_given(table) and not is_given(other):
+            places = other[["cohort", "case", "patient", "mode"]].drop_duplicates()
+            given = table.drop(columns=["cohort", "mode"])
+            aligned[index] = given.merge(places, on=["case", "patient"])
+    return aligned
+
+
 def refuse_leak(runs: Sequence[Path], rows: Sequence[pd.DataFrame]) -> None:
-    """Raise InputError where a test case or test patient of one run was in the other's training."""
+    """Raise InputError where a test case or test patient of one run was in the other's training.
+
+    Of another tool nothing is known; a folder without network is such a tool's.
+    """
     for tested, table, other in zip(runs, rows, runs[::-1], strict=True):
+        if find_scores(other):
+            log.warning("what the tool that made the masks of %s was trained on is not known", other)
+            continue
         seen = load_checkpoint(other / "best.pt")["seen"]  # by training and validation
         for column, name in enumerate(("case", "patient")):
             known = {str(entry[column]) for entry in seen}
@@ -54,6 +86,17 @@ def refuse_leak(runs: Sequence[Path], rows: Sequence[pd.DataFrame]) -> None:
                     f"{other} ({len(leaked)} such)",
                     "train both on one split, with --split",
                 )
+
+
+def find_scores(run: Path) -> dict[str, Any] | None:
+    """Return what the summary of scored masks says of them; None for the audit of a run."""
+    summary = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    return summary.get("predictions")
+
+
+def headline_of(entry: dict[str, Any]) -> str:
+    """Return the mode of a comparison whose numbers come first."""
+    return "tta" if "tta" in entry else "plain"
 
 
 def pair_rows(runs: Sequence[Path], rows: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -108,11 +151,11 @@ def compare_rows(paired: pd.DataFrame, seed: int) -> dict[str, Any]:
 
 
 def tabulate_comparison(cohorts: dict[str, Any]) -> pd.DataFrame:
-    """Return formatted means and differences with TTA, a row per cohort, region and metric."""
+    """Return formatted means and differences (TTA, where there is), a row per cohort, region, metric."""
     rows = []
     for cohort, regions in cohorts.items():
         for region, entry in regions.items():
-            for metric, means in entry["tta"].items():
+            for metric, means in entry[headline_of(entry)].items():
                 difference = means["difference"]
                 rows.append(
                     {
@@ -141,6 +184,7 @@ def summarise_comparison(
         "run_a": str(runs[0]),
         "run_b": str(runs[1]),
         "data_kind": "phantom" if is_phantom else "real",
+        "masks_as_given": {name: find_scores(run) is not None for name, run in zip("ab", runs, strict=True)},
         "averaged_over": "per case, then the mean over the cases both runs audited; difference is A - B; "
         "ci95 by bootstrap over patients; p by flipping the sign of each patient's differences",
         "n_cases_only_a": len(cases[0] - cases[1]),
@@ -159,7 +203,15 @@ def log_comparison(comparison: dict[str, Any]) -> None:
     if comparison["data_kind"] == "phantom":
         log.warning("These are %s.", PHANTOM_NOTE)
     table = tabulate_comparison(comparison["cohorts"])
-    log.info("mean over cases, with TTA:\n%s", table.to_string(index=False))
+    log.info("mean over cases%s:\n%s", note_of_modes(comparison), table.to_string(index=False))
+
+
+def note_of_modes(comparison: dict[str, Any]) -> str:
+    """Return what a title says of the masks compared."""
+    given = [name.upper() for name, is_given in comparison["masks_as_given"].items() if is_given]
+    if len(given) == 2:
+        return ", masks as given"
+    return f", with TTA, masks of {given[0]} as given" if given else ", with TTA"
 
 
 def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
@@ -172,13 +224,14 @@ def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
     first, second = folders = [Path(run) for run in runs]
     if first.resolve() == second.resolve():
         raise InputError("--compare", f"{first} and {second} are one run", "name another")
-    rows = [read_rows(folder) for folder in folders]
+    rows = align_given([read_rows(folder) for folder in folders])
     refuse_leak(folders, rows)
     paired = pair_rows(folders, rows)
     comparison = summarise_comparison(folders, rows, paired, seed)
     folder = Path(output) if output else first.parent / f"comparison_{first.name}_{second.name}"
     write_json(folder / "comparison.json", comparison)
-    note = f" ({PHANTOM_NOTE})" if comparison["data_kind"] == "phantom" else ""
+    note = note_of_modes(comparison)
+    note += f" ({PHANTOM_NOTE})" if comparison["data_kind"] == "phantom" else ""
     plot_comparison(folder / "comparison.png", paired, comparison["cohorts"], (first.name, second.name), note)
     log_comparison(comparison)
     log.info("comparison.json and comparison.png are in %s", folder)

@@ -8,13 +8,14 @@ from audit.overlays import plot_ranked_cases
 from audit.plots import (
     plot_bland_altman,
     plot_curves,
+    plot_dice_against_uncertainty,
     plot_dice_against_volume,
     plot_dice_per_case,
     plot_precision_recall,
     plot_reliability,
     plot_tta_gain,
 )
-from audit.results import AuditResults
+from audit.results import AuditResults, headline_mode
 from cohort.phantom import PHANTOM_NOTE
 from utils_v2 import THRESHOLDS
 
@@ -26,6 +27,9 @@ CAPTIONS = {
     "volume_bland_altman.png": "Volume error: prediction minus reference against their mean, with TTA; lines "
     "at the mean and the limits of agreement (mean and 1.96 SD over cases).",
     "tta_gain.png": "What TTA changes: Dice with TTA minus Dice without, per test case.",
+    "dice_against_uncertainty.png": "Dice against uncertainty per test case: the SD of the probability over "
+    "the three views of TTA, mean over the predicted voxels, or the brain's where nothing is predicted (open "
+    "marks).",
     "precision_recall.png": "Precision and recall over thresholds, voxels pooled, with TTA; the ring is the "
     "threshold used.",
     "calibration.png": "Calibration on validation: share of reference tumour among the brain's voxels of "
@@ -33,12 +37,18 @@ CAPTIONS = {
 }
 
 
+NEED_NETWORK = ("tta_gain.png", "dice_against_uncertainty.png", "precision_recall.png", "calibration.png")
+
+
 def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     """Draw every figure into `folder` and return {caption: path} in the order of the report."""
     summary, cohorts = results.summary, results.summary["cohorts"]
     note = f" ({PHANTOM_NOTE})" if summary["data_kind"] == "phantom" else ""
     tested = results.rows[results.rows["cohort"] != "validation"]
-    captions = dict(CAPTIONS)
+    mode = headline_mode(results.rows)
+    captions = {
+        name: caption if mode == "tta" else without_tta(caption) for name, caption in CAPTIONS.items()
+    }
     log_path = results.run / "log.csv"
     epochs = pd.read_csv(log_path) if log_path.exists() else pd.DataFrame()
     if len(epochs):
@@ -48,22 +58,38 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     plot_dice_per_case(folder / "dice_per_case.png", tested, cohorts, note)
     plot_dice_against_volume(folder / "dice_against_volume.png", tested, note)
     plot_bland_altman(folder / "volume_bland_altman.png", tested, cohorts, note)
-    plot_tta_gain(folder / "tta_gain.png", tested, cohorts, note)
-    path = folder / "precision_recall.png"
-    plot_precision_recall(path, results.counts, summary["threshold"], THRESHOLDS, note)
-    plot_reliability(folder / "calibration.png", summary["calibration"], note)
-    region = next(iter(summary["threshold"]))
+    if mode == "tta":
+        plot_tta_gain(folder / "tta_gain.png", tested, cohorts, note)
+        path = folder / "dice_against_uncertainty.png"
+        if "uncertainty" in tested:
+            plot_dice_against_uncertainty(path, tested, cohorts, note)
+        else:
+            del captions[path.name]
+        path = folder / "precision_recall.png"
+        plot_precision_recall(path, results.counts, summary["threshold"], THRESHOLDS, note)
+        plot_reliability(folder / "calibration.png", summary["calibration"], note)
+    else:
+        for name in NEED_NETWORK:
+            del captions[name]
+    region = results.rows["region"].iloc[0]
     for cohort, pictures in results.pictures.items():
         ranked = rank_cases(results.rows, region, cohort)
         panels = {f"{rank}: {case}, Dice {dice:.3f}": pictures[case] for rank, (case, dice) in ranked.items()}
         plot_ranked_cases(folder / f"cases_{cohort}.png", panels, f"{cohort}, {region}{note}")
-        captions[f"cases_{cohort}.png"] = f"Best, median and worst {cohort} case by {region} Dice with TTA."
+        caption = f"Best, median and worst {cohort} case by {region} Dice, with TTA."
+        captions[f"cases_{cohort}.png"] = caption if mode == "tta" else without_tta(caption)
     return {caption: folder / name for name, caption in captions.items()}
 
 
+def without_tta(caption: str) -> str:
+    """Return a caption for masks that were given and not averaged over views."""
+    return caption.replace(", with TTA", "")
+
+
 def rank_cases(rows: pd.DataFrame, region: str, cohort: str) -> dict[str, tuple[str, float]]:
-    """Return id and Dice of the cases with the best, the median and the worst Dice (TTA); each case once."""
-    of_cohort = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+    """Return id and Dice of the cases with the best, median and worst Dice (TTA, if any); each case once."""
+    of_cohort = rows[(rows["cohort"] == cohort) & (rows["region"] == region)]
+    of_cohort = of_cohort[of_cohort["mode"] == headline_mode(of_cohort)]
     ordered = of_cohort.sort_values("dice", ascending=False)
     cases = list(zip(ordered["case"], ordered["dice"], strict=True))
     ranked: dict[str, tuple[str, float]] = {}

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from audit.lesions import score_lesions
-from audit.statistics import compare_paired, limits_of_agreement, summarise
+from audit.statistics import compare_paired, limits_of_agreement, rank_correlation, summarise
 from utils_v2 import Overlap, check_masks, surface_metrics
 
 SURFACE_TOLERANCE_MM = 1.0
@@ -58,6 +58,17 @@ def measure_case(
     }
 
 
+def mean_uncertainty(views: np.ndarray, prediction: np.ndarray, brain: np.ndarray) -> float:
+    """Return how much the views of a region disagree, 0 to 0.47: their SD, mean over the predicted voxels.
+
+    `views` (V, D, H, W) are the probabilities of each view of TTA; the SD is that of the V values (divisor
+    V). `prediction` (D, H, W) bool is the mask of their mean; where it is empty the voxels of `brain` are
+    taken, and NaN where that is empty too.
+    """
+    voxels = prediction if prediction.any() else brain
+    return float(views[:, voxels].std(0, dtype=np.float64).mean()) if voxels.any() else float("nan")
+
+
 def summarise_cohort(rows: pd.DataFrame, seed: int) -> dict[str, Any]:
     """Return the summary of one cohort, region and mode from its per-case rows."""
     patients = rows["patient"].tolist()
@@ -82,18 +93,22 @@ def summarise_cohort(rows: pd.DataFrame, seed: int) -> dict[str, Any]:
 def summarise_all(rows: pd.DataFrame, regions: Sequence[str], seed: int) -> dict[str, Any]:
     """Return {cohort: {region: {mode: summary, and paired Dice differences}}} of all per-case rows.
 
-    "tta_gain" is TTA minus plain. Where post-processing is on, "postprocessing_gain" is with minus without
-    it, both with TTA.
+    "tta_gain" is TTA minus plain; masks of another tool are plain alone and have none. Where post-processing
+    is on, "postprocessing_gain" is with minus without it, both with TTA. "uncertainty_and_dice" is the rank
+    correlation over cases of the two, with TTA.
     """
     cohorts: dict[str, Any] = {}
     for (cohort, region), of_region in rows.groupby(["cohort", "region"], sort=False):
         modes = {mode: table.reset_index(drop=True) for mode, table in of_region.groupby("mode", sort=False)}
-        patients = modes["tta"]["patient"].tolist()
+        patients = next(iter(modes.values()))["patient"].tolist()
         dice = {mode: table["dice"].to_numpy() for mode, table in modes.items()}
         summary = {mode: summarise_cohort(table, seed) for mode, table in modes.items()}
-        summary["tta_gain"] = compare_paired(dice["tta"], dice["plain"], patients, seed)
+        if "tta" in modes:
+            summary["tta_gain"] = compare_paired(dice["tta"], dice["plain"], patients, seed)
         if "tta_raw" in modes:
             summary["postprocessing_gain"] = compare_paired(dice["tta"], dice["tta_raw"], patients, seed)
+        if "tta" in modes and "uncertainty" in rows:
+            summary["uncertainty_and_dice"] = rank_correlation(modes["tta"]["uncertainty"], dice["tta"])
         cohorts.setdefault(cohort, {})[region] = summary
     return {
         cohort: {region: by_region[region] for region in regions} for cohort, by_region in cohorts.items()

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from audit.results import headline_mode
 from runtime.files import write_atomically
 
 mpl.use("Agg")  # files only: a terminal without a display is the usual place
@@ -89,7 +90,11 @@ COHORT_COLOURS = {
     "external": "#d1793a",
     "external_unseen": "#7a5195",
     "validation": GREY,
+    "predictions": "#2f6f4f",
 }
+
+
+MODE_NOTE = {"tta": ", with TTA", "plain": ""}  # what a title says of the mode it shows
 
 
 def _panels(
@@ -106,11 +111,12 @@ def _panels(
 
 def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
     """Draw the Dice of each case with TTA, sorted, with the mean and its bootstrap 95 % interval."""
+    mode = headline_mode(rows)
     figure, panels = _panels(rows, 5.2, 3.4)
     for (cohort, region), axes in panels.items():
-        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == mode)]
         values = np.sort(chosen["dice"].to_numpy())[::-1]
-        summary = cohorts[cohort][region]["tta"]["dice"]
+        summary = cohorts[cohort][region][mode]["dice"]
         colour = COHORT_COLOURS[cohort]
         if summary["ci95"]:
             label = "95 % interval of the mean"
@@ -133,15 +139,16 @@ def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str)
         axes.set_title(cohort, fontsize=10)
         axes.legend(frameon=False, fontsize=8, loc="lower left")
         tidy(axes)
-    figure.suptitle(f"Dice per case, with TTA{note}", fontsize=11)
+    figure.suptitle(f"Dice per case{MODE_NOTE[mode]}{note}", fontsize=11)
     save_figure(figure, path)
 
 
 def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
     """Draw Dice with TTA against the reference volume in ml, on a logarithmic axis; empty ones counted."""
+    mode = headline_mode(rows)
     figure, panels = _panels(rows, 5.2, 3.4)
     for (cohort, region), axes in panels.items():
-        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == mode)]
         present = chosen["reference_ml"] > 0
         shown = chosen[present]
         axes.scatter(
@@ -167,7 +174,28 @@ def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
         axes.set_ylabel(f"{region} Dice per case")
         axes.set_title(f"{cohort}, n = {len(shown)}", fontsize=10)
         tidy(axes)
-    figure.suptitle(f"Dice against tumour volume, with TTA{note}", fontsize=11)
+    figure.suptitle(f"Dice against tumour volume{MODE_NOTE[mode]}{note}", fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_dice_against_uncertainty(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
+    """Draw Dice with TTA against the column `uncertainty`, with the rank correlation; empty masks open."""
+    figure, panels = _panels(rows, 5.2, 3.4)
+    for (cohort, region), axes in panels.items():
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        is_empty = chosen["prediction_ml"] == 0
+        colour = COHORT_COLOURS[cohort]
+        for shown, fill in ((chosen[~is_empty], colour), (chosen[is_empty], "none")):
+            axes.scatter(shown["uncertainty"], shown["dice"], s=26, edgecolors=colour, facecolors=fill)
+        found = cohorts[cohort][region]["uncertainty_and_dice"]
+        known = "undefined" if found["spearman"] is None else f"{found['spearman']:+.2f}"
+        axes.set_xlim(0, 1.08 * max(chosen["uncertainty"].fillna(0).max(), 1e-3))
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("SD over the views of TTA, mean over predicted voxels")
+        axes.set_ylabel(f"{region} Dice per case")
+        axes.set_title(f"{cohort}: rank correlation {known}, n = {found['n']}", fontsize=10)
+        tidy(axes)
+    figure.suptitle(f"Dice against uncertainty, with TTA{note}", fontsize=11)
     save_figure(figure, path)
 
 
@@ -243,11 +271,12 @@ def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> N
 
 def plot_bland_altman(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
     """Draw the volume error in ml against the mean of prediction and reference, with limits of agreement."""
+    mode = headline_mode(rows)
     figure, panels = _panels(rows, 5.2, 3.4)
     for (cohort, region), axes in panels.items():
-        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == mode)]
         colour = COHORT_COLOURS[cohort]
-        error = cohorts[cohort][region]["tta"]["volume_error_ml"]
+        error = cohorts[cohort][region][mode]["volume_error_ml"]
         axes.axhline(0, color="#333c47", linewidth=0.8)
         axes.axhline(error["mean"], color=colour, linewidth=1.4, label=f"mean {error['mean']:+.1f} ml")
         if error["ci95"]:
@@ -269,7 +298,7 @@ def plot_bland_altman(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) 
         axes.set_title(f"{cohort}, n = {len(chosen)}", fontsize=10)
         axes.legend(frameon=False, fontsize=8, loc="upper left")
         tidy(axes)
-    figure.suptitle(f"Volume error per case (Bland-Altman), with TTA{note}", fontsize=11)
+    figure.suptitle(f"Volume error per case (Bland-Altman){MODE_NOTE[mode]}{note}", fontsize=11)
     save_figure(figure, path)
 
 
@@ -318,16 +347,17 @@ def plot_reliability(path: Path, calibration: dict, note: str) -> None:
 def plot_comparison(
     path: Path, paired: pd.DataFrame, cohorts: dict, names: tuple[str, str], note: str
 ) -> None:
-    """Draw the Dice of run A against that of run B per case, with TTA; above the diagonal A is better.
+    """Draw the Dice of run A against that of run B per case (TTA, if any); above the diagonal A is better.
 
     `paired` has the columns dice_a and dice_b beside those of `rows`; `cohorts` is that part of
     comparison.json.
     """
-    paired = paired[paired["mode"] == "tta"]
+    mode = headline_mode(paired)
+    paired = paired[paired["mode"] == mode]
     figure, panels = _panels(paired, 4.4, 4.4)
     for (cohort, region), axes in panels.items():
         chosen = paired[(paired["cohort"] == cohort) & (paired["region"] == region)]
-        difference = cohorts[cohort][region]["tta"]["dice"]["difference"]
+        difference = cohorts[cohort][region][mode]["dice"]["difference"]
         values = chosen[["dice_a", "dice_b"]].to_numpy()
         low = max(-0.02, float(np.floor(10 * values.min() - 0.5) / 10))
         axes.plot([low, 1], [low, 1], color=GREY, linewidth=0.9)
@@ -346,5 +376,5 @@ def plot_comparison(
         axes.set_title(title, fontsize=10)
         tidy(axes)
         axes.grid(axis="x", color="#e6e9ec", linewidth=0.8)
-    figure.suptitle(f"Dice per case, both with TTA\n{note.strip()}".rstrip(), fontsize=11)
+    figure.suptitle(f"Dice per case{note}".replace(" (", "\n("), fontsize=11)
     save_figure(figure, path)

@@ -9,7 +9,7 @@ import jinja2
 import pandas as pd
 
 from audit.masks import describe_postprocessing
-from audit.results import AuditResults
+from audit.results import AuditResults, headline_mode
 from cohort.phantom import PHANTOM_NOTE
 from runtime.files import write_atomically
 from runtime.log import log
@@ -46,11 +46,18 @@ def _by_region(summary: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], dic
             yield {"cohort": cohort, "region": region}, modes
 
 
+def _modes(modes: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the modes there are and their names; without TTA the masks are another tool's."""
+    return [
+        (mode, name if "tta" in modes else "as given") for mode, name in MODE_NAMES.items() if mode in modes
+    ]
+
+
 def tabulate_scores(summary: Mapping[str, Any]) -> pd.DataFrame:
     """Return Dice and the other metrics of each cohort, region and mode."""
     rows = []
     for place, modes in _by_region(summary):
-        for mode, name in MODE_NAMES.items():
+        for mode, name in _modes(modes):
             scores = modes[mode]
             dice = scores["dice"]
             ratios = {}
@@ -101,7 +108,7 @@ def tabulate_lesions(summary: Mapping[str, Any]) -> pd.DataFrame:
     """Return the lesion-wise scores and volume errors of each cohort, region and mode."""
     rows = []
     for place, modes in _by_region(summary):
-        for mode, name in MODE_NAMES.items():
+        for mode, name in _modes(modes):
             scores, error = modes[mode], modes[mode]["volume_error_ml"]
             rows.append(
                 {
@@ -159,9 +166,23 @@ def tabulate_calibration(summary: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def tabulate_uncertainty(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the rank correlation of uncertainty and Dice of each cohort and region; empty without TTA."""
+    rows = [
+        {
+            **place,
+            "cases": str(found["n"]),
+            "rank correlation of Dice and uncertainty": format_number(found["spearman"]),
+        }
+        for place, modes in _by_region(summary)
+        if (found := modes.get("uncertainty_and_dice"))
+    ]
+    return pd.DataFrame(rows)
+
+
 def tabulate_worst(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the test cases with the lowest Dice (TTA) of each cohort and region."""
-    tested = rows[(rows["cohort"] != "validation") & (rows["mode"] == "tta")]
+    """Return the test cases with the lowest Dice (TTA, where there is) of each cohort and region."""
+    tested = rows[(rows["cohort"] != "validation") & (rows["mode"] == headline_mode(rows))]
     lowest = tested.sort_values("dice").groupby(["cohort", "region"], sort=False).head(WORST_CASES)
     cells = [
         {
@@ -186,6 +207,20 @@ def tabulate_worst(rows: pd.DataFrame) -> pd.DataFrame:
 def list_warnings(summary: Mapping[str, Any]) -> list[str]:
     """Return the warnings that belong above the numbers."""
     warnings = []
+    if scored := summary.get("predictions"):
+        warnings.append(
+            "These masks were made by another tool. What it was trained on is not known here, so no search "
+            "for leakage was made and nothing says that the cases were held out."
+        )
+        if copies := scored["n_identical"]:
+            warnings.append(f"{copies} prediction(s) equal their reference voxel for voxel: are they copies?")
+        if missing := len(scored["missing"]):
+            warnings.append(
+                f"{missing} of {scored['n_cases']} cases have no prediction and are in no number; "
+                "a tool that fails on hard cases looks better without them."
+            )
+        if unknown := len(scored["unknown"]):
+            warnings.append(f"{unknown} prediction(s) belong to no case with a reference and are not scored.")
     if summary["data_kind"] == "phantom":
         warnings.append(f"These are {PHANTOM_NOTE}.")
     for cohort, count in summary["seen_in_training"].items():
@@ -215,9 +250,14 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     """Log warnings, tables, and what was chosen on validation."""
     for warning in list_warnings(summary):
         log.warning("%s", warning)
-    for tabulate in (tabulate_scores, tabulate_lesions, tabulate_calibration, tabulate_gains):
-        log.info("\n%s", tabulate(summary).to_string(index=False))
+    tables = (tabulate_scores, tabulate_lesions, tabulate_calibration, tabulate_gains, tabulate_uncertainty)
+    for tabulate in tables:
+        table = tabulate(summary)
+        if not table.empty:
+            log.info("\n%s", table.to_string(index=False))
     log.info("")
+    if summary.get("predictions"):
+        return
     choices = describe_choices(summary)
     log.info("threshold, chosen on validation: %s", choices["threshold"])
     log.info("post-processing, chosen on validation: %s", choices["postprocessing"])
@@ -244,10 +284,12 @@ def write_report(path: Path, results: AuditResults, figures: Mapping[str, Path])
             "lesions": tabulate_lesions(summary),
             "postprocessing": tabulate_postprocessing(summary),
             "calibration": tabulate_calibration(summary),
+            "uncertainty": tabulate_uncertainty(summary),
             "worst": tabulate_worst(results.rows),
             "leakage": results.leakage,
         },
         figures={caption: base64.b64encode(plot.read_bytes()).decode() for caption, plot in figures.items()},
-        provenance={name: summary[name] for name in PROVENANCE},
+        provenance={name: summary[name] for name in PROVENANCE if summary[name] is not None},
+        scored=summary.get("predictions"),
     )
     write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))

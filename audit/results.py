@@ -8,6 +8,11 @@ import numpy as np
 import pandas as pd
 
 
+def headline_mode(rows: pd.DataFrame) -> str:
+    """Return the mode whose numbers come first: TTA, or plain where the rows have none."""
+    return "tta" if (rows["mode"] == "tta").any() else "plain"
+
+
 class CasePicture(NamedTuple):
     """One slice of a case with its masks."""
 

@@ -129,6 +129,18 @@ def limits_of_agreement(differences: Sequence[float]) -> list[float] | None:
     return [float(array.mean()) - half, float(array.mean()) + half]
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+    """Return Spearman's rank correlation of two per-case numbers as "spearman", with its "n"; NaN left out.
+
+    None below three cases, and where one of the two is the same for all.
+    """
+    pairs = np.array([first, second], float)  # (2, n)
+    pairs = pairs[:, ~np.isnan(pairs).any(0)]
+    n = pairs.shape[1]
+    is_defined = n >= 3 and all(len(np.unique(values)) > 1 for values in pairs)
+    return {"spearman": float(stats.spearmanr(*pairs).statistic) if is_defined else None, "n": n}
+
+
 def reliability_counts(
     probability: np.ndarray, reference: np.ndarray, edges: np.ndarray = CALIBRATION_EDGES
 ) -> np.ndarray:

@@ -124,6 +124,13 @@ class TrainState:
         for name in COUNTERS:
             setattr(self, name, checkpoint[name])
 
+    def restart_rate(self, learning_rate: float, min_learning_rate: float) -> None:
+        """Set the learning rate anew, without warm-up, and let its patience and lowest value begin again."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scheduler.min_lrs = [min_learning_rate] * len(self.optimizer.param_groups)
+        self.scheduler.num_bad_epochs = 0
+
 
 def start_state(network: nn.Module, recipe: Recipe) -> TrainState:
     """Return the state of a run before its first step; the network is on its device already."""

@@ -173,6 +173,7 @@ def make_results(run: Path, odd_id: str) -> AuditResults:
             )
             for mode, mask in (("plain", HALF), ("tta", prediction)):
                 row = {"cohort": cohort, "case": case, "patient": case, "region": "WT", "mode": mode}
+                row |= {"uncertainty": 0.1 if mode == "tta" else np.nan}
                 rows.append(row | {"seen_in_training": False} | measure_case(REFERENCE, mask, SPACING_MM))
     table = pd.DataFrame(rows)
     bins = reliability_counts(np.full(SHAPE, 0.4), REFERENCE, CALIBRATION_EDGES)

@@ -201,7 +201,7 @@ def test_report_needs_no_other_file_and_says_what_it_is(trained):
     text = (trained / "results" / "tiny" / "evaluation" / "report.html").read_text()
     assert "synthetic phantoms, not a BraTS result" in text
     assert "not for clinical use" in text
-    assert text.count("data:image/png;base64,") == 9
+    assert text.count("data:image/png;base64,") == 10
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
