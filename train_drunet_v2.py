@@ -103,7 +103,7 @@ class TrainConfig:
     learning_rate: Positive = 1e-4
     """AdamW learning rate after warm-up; --resume may set it again for a finished run with more --epochs"""
     min_learning_rate: NotNegative = 1e-5
-    """the learning rate never drops below this; where it is set again, the run goes on from --learning-rate"""
+    """the learning rate never drops below this; set again, the run goes on from --learning-rate"""
     rate_since: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
     """epochs that were finished when the learning rate was last set again"""
     warmup_steps: CountOrNone = 200
