@@ -16,6 +16,7 @@ from nibabel.affines import voxel_sizes
 
 from cohort.cases import AFFINE_TOLERANCE_MM, MODALITIES, Case, read_labels, read_modality
 from cohort.layouts import CaseSource, missing_modality, scan_cases
+from cohort.patients import describe_likely_visits
 from runtime.errors import InputError
 from runtime.files import write_atomically
 from runtime.log import log
@@ -134,6 +135,8 @@ def check_cohort(
     problems += check_cases(cases, modalities, every_file)
     if every_file:
         problems += find_unlike(cases, modalities)
+    if likely_visits := describe_likely_visits(cases):
+        problems.append(Problem("", str(source.data_dir), "warning", likely_visits))
     return cases, problems
 
 

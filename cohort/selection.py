@@ -15,6 +15,7 @@ from cohort.cases import Case, Modalities, with_reference
 from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
 from cohort.layouts import CaseSource
+from cohort.patients import describe_likely_visits
 from cohort.phantom import is_phantom
 from runtime.errors import InputError
 from runtime.files import write_atomically, write_json
@@ -68,6 +69,8 @@ def select_cases(source: TrainingSource, seed: int, folder: Path, resumed: bool)
     all_cases, skipped = find_sound_cases(source, folder)
     masked = with_reference(all_cases, source.data_dir)
     cases = hold_out(source, masked, folder, resumed)
+    if likely_visits := describe_likely_visits(cases):
+        log.warning("%s", likely_visits)
     kept = {case.case_id for case in cases}
     held_out = [case.case_id for case in masked if case.case_id not in kept]
     if (folder / "split.json").exists() and resumed:
