@@ -12,13 +12,15 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import fft, ndimage
 
-from cohort.fingerprints import find_head, rank_voxels, resample_weights, split_in_two
+from cohort.fingerprints import find_head, rank_voxels, resample_weights
+from utils_v2 import bounding_box
 
 SAME_VOLUME = 0.7  # correlation from which two volumes are one scan; see benchmarks/README.md
 LONGEST = 256  # cells along an axis that are compared
 HIGH_PASS_CELLS = 1.0  # SD of what is taken out as smooth: the shapes that heads share
 EVEN_CELLS = 3.0  # SD of the neighbourhood in which details are made equally strong
 LEAST_SD = 0.005  # of ranks: fainter details than this are not made stronger
+AIR_SHARE = 0.05  # of the voxels, from which the commonest value is that of the air
 SHIFT_SHARE = 0.2  # of the axis: how far the heads are moved over one another
 COMMON_SHARE = 0.5  # of the smaller head: what both must show
 TURNS = 3  # ways to turn that are looked at closely, the best by their thumbnails first
@@ -32,15 +34,25 @@ def thin_volume(volume: np.ndarray, factors: tuple[int, ...]) -> np.ndarray:
     return cut.reshape(blocks).mean((1, 3, 5), dtype=np.float32)
 
 
+def trim_background(volume: np.ndarray, margin: int = 4) -> np.ndarray:
+    """Return a volume (D, H, W) without the planes at its ends that hold one value, but for a margin."""
+    foreground = volume != volume[0, 0, 0]
+    if not foreground.any():
+        return volume
+    box = bounding_box(foreground)
+    return volume[tuple(slice(max(edge.start - margin, 0), edge.stop + margin) for edge in box)]
+
+
 def find_details(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (details, head), both (D, H, W): high-passed ranks in the head, 0 elsewhere, and where that is.
 
     Details are divided by their SD nearby: otherwise the edges of skull and ventricles, which all heads
     have, would count for more than the texture, which no two scans share.
     """
-    odd = [2 * (size // 48) + 1 for size in volume.shape]
-    smooth = ndimage.uniform_filter(rank_voxels(volume), odd, mode="nearest")
-    head = smooth > split_in_two(smooth)
+    values, counts = np.unique(volume, return_counts=True)
+    head = np.full(volume.shape, counts.max() <= AIR_SHARE * volume.size) | (
+        volume != values[counts.argmax()]
+    )
     details = np.zeros(volume.shape, np.float32)
     if head.any():
         details[head] = rank_voxels(volume[head])
@@ -131,13 +143,14 @@ def compare_volumes(one: np.ndarray, other: np.ndarray, turns: list[int] | None 
     padded, and that the heads are as large, whatever the voxels. `turns` are ways of `turn_volumes` to turn
     the other, likely ones first; default all.
     """
-    one, other = (np.asarray(volume, np.float32) for volume in (one, other))
+    is_one_grid = one.shape == other.shape
+    one, other = (trim_background(np.asarray(volume, np.float32)) for volume in (one, other))
     turns = list(range(16)) if turns is None else turns
     plane = max(*one.shape[1:], *other.shape[1:])
     factors = (-(-max(one.shape[0], other.shape[0]) // LONGEST), *[-(-plane // LONGEST)] * 2)
     pair = [find_details(thin_volume(volume, factors)) for volume in (one, other)]
     highest = align_and_correlate(*pair, turns)
-    if highest >= SAME_VOLUME or one.shape == other.shape:
+    if highest >= SAME_VOLUME or is_one_grid:
         return highest
     sizes = [
         min(one.shape[0], other.shape[0], LONGEST),

@@ -256,9 +256,8 @@ def test_pairs_declared_different_stop_nothing_and_other_pairs_still_do(tmp_path
         check_parts({"train": [one], "validation": [third]}, different)
     assert find_held_out([twin], [one], different).empty
     copy = dataclasses.replace(twin, image_sha256="a")  # one file is one scan, whatever anybody says
-    assert find_leakage("external", [copy], [one], different=different)["evidence"].tolist() == [
-        "exact image"
-    ]
+    rows = find_leakage("external", [copy], [one], different=different)
+    assert rows["evidence"].tolist() == ["exact image"]
     path.write_text("a\n")
     with input_error("--different", "row 1"):
         read_different(path)
@@ -524,9 +523,8 @@ def test_two_sites_that_number_alike_are_two_cohorts(tmp_path, phantom_cohort, e
     arguments = ("--data-dir", "a", "--run", "r", "--epochs", 1, *TINY)
     done = run("train_drunet_v2.py", *arguments, "--hold-out-dir", "b", cwd=tmp_path)
     assert "0 cases of 0 patients" in done.stdout
-    run(
-        "final_evaluation_v2.py", "--run", "results/r", "--external-dir", "b", "--device", "cpu", cwd=tmp_path
-    )
+    tested = ("--run", "results/r", "--external-dir", "b", "--device", "cpu")
+    run("final_evaluation_v2.py", *tested, cwd=tmp_path)
     summary = json.loads((tmp_path / "results" / "r" / "evaluation" / "summary.json").read_text())
     assert summary["seen_in_training"]["external"] == {
         "cases": cohorts["b"],
