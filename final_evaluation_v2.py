@@ -12,6 +12,7 @@ and predicts its share of the cases; the main one searches for leakage, sums up,
 """
 
 import dataclasses
+import functools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,13 +32,21 @@ from audit.overlays import take_picture
 from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
 from audit.score import ScoreSettings, score_predictions
-from audit.seen import identify_seen, search_leakage
+from audit.seen import attach_volumes, count_grades, identify_seen, search_leakage
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
-from cohort.cache import PreparedCase, prepare_for_all_ranks
+from cohort.cache import PreparedCase, prepare_cases, prepare_for_all_ranks
 from cohort.cases import Case, with_reference
+from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
 from cohort.layouts import CaseSource, find_cases, find_cases_of_run, log_cases
-from cohort.leakage import unpack_identities
+from cohort.leakage import (
+    Pairs,
+    identify_case,
+    list_pairs,
+    read_different,
+    select_proven,
+    unpack_identities,
+)
 from cohort.split import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, choose_threads, load_model, predict_views
 from runtime.checkpoints import newest_run
@@ -97,6 +106,8 @@ class EvaluationConfig:
     results/scores_DIR/evaluation"""
     overwrite: bool = False
     """write to a folder that holds files of others too"""
+    different: str | None = None
+    """CSV file, two columns of case ids: pairs that look alike, and a person saw that they are two people"""
     allow_seen: bool = False
     """audit test cases that were in training or validation too, and mark the output"""
     cache_dir: str = "cache"
@@ -138,19 +149,31 @@ def main(config: EvaluationConfig) -> None:
     split = read_split_of(run, model)
     chosen = from_main(choose_cohorts(config, run, model, split) if is_main() else None)
     settings = (model.modalities, model.regions, config.cache_dir)
+    at_hand = [*chosen.pop("seen"), *chosen["validation"]]
     cohorts = {name: prepare_for_all_ranks(cases, *settings) for name, cases in chosen.items()}
     training = cohorts.pop("train", [])
+    different = read_different(config.different) | recorded_pairs(model.checkpoint)
     leakage, seen = None, None
     if is_main():
         mark_output_folder(folder)
-        known = identify_seen(model.checkpoint, [*training, *cohorts["validation"]])
-        leakage, seen = search_leakage(folder / "leakage.csv", cohorts, known, config.allow_seen)
+        channel = model.modalities.index(fingerprint_modality(model.modalities))
+        tested = {
+            name: [identify_case(case, channel) for case in cases]
+            for name, cases in cohorts.items()
+            if name != "validation"
+        }
+        known = identify_seen(model.checkpoint, [*training, *cohorts["validation"]], channel)
+        everyone = [case for cases in tested.values() for case in cases]
+        fetch = functools.partial(fetch_seen, at_hand, settings)
+        known = attach_volumes(known, everyone, fetch, channel)
+        leakage, seen = search_leakage(folder / "leakage.csv", tested, known, config.allow_seen, different)
     leakage, seen = from_main((leakage, seen))
+    proven = select_proven(leakage)
 
     audits = {}
     for cohort, cases in cohorts.items():
         choose_threads(model, config.batch_size)
-        seen_ids = set(leakage.loc[leakage["cohort"] == cohort, "case"])
+        seen_ids = set(proven.loc[proven["cohort"] == cohort, "case"])
         log_spacing(model, cohort, cases)
         audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
     if not is_main():
@@ -159,8 +182,10 @@ def main(config: EvaluationConfig) -> None:
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
     summary = {
         "data_kind": model.checkpoint["data_kind"],
-        "includes_seen_cases": bool(len(leakage)),
+        "includes_seen_cases": bool(len(proven)),
         "seen_in_training": seen,
+        "leakage_grades": count_grades(leakage),
+        "declared_different": list_pairs(different),
         "averaged_over": "Dice per case on the native grid, mean over cases; ci95 by bootstrap over patients",
         "cohorts": summarise_all(rows, model.regions, config.seed),
         "calibration": summarise_bins(model, audits["validation"].bins),
@@ -232,7 +257,8 @@ def choose_cohorts(
 ) -> dict[str, list[Case]]:
     """Return the cases of validation, internal, and external where there is one.
 
-    With them come those of train that are still there, where the checkpoint does not identify them.
+    With them come, as "seen", the cases of train that are still there, and as "train" the same where the
+    checkpoint does not identify them.
     """
     settings = model.checkpoint["config"]
     data_dir = config.data_dir or settings["data_dir"]
@@ -251,9 +277,26 @@ def choose_cohorts(
         cohorts["external"] = with_reference(external, external_dir)
     counts = ", ".join(f"{len(members)} {cohort} cases" for cohort, members in cohorts.items())
     log.info("auditing %s: %s", run, counts)
+    training = [case for case in cases if case.case_id in set(split["train"])]
     if unpack_identities(model.checkpoint) is None:
-        cohorts["train"] = [case for case in cases if case.case_id in set(split["train"])]
-    return cohorts
+        cohorts["train"] = training
+    return cohorts | {"seen": training}
+
+
+def fetch_seen(
+    at_hand: Sequence[Case], settings: tuple[Sequence[str], Sequence[str], str], wanted: set[str]
+) -> list[PreparedCase]:
+    """Return, prepared, the training and validation cases of these ids; none where they are not readable."""
+    try:
+        return prepare_cases([case for case in at_hand if case.case_id in wanted], *settings)
+    except InputError as error:
+        log.warning("cases of training that look like tested ones cannot be compared: %s", error)
+        return []
+
+
+def recorded_pairs(checkpoint: dict[str, Any]) -> Pairs:
+    """Return the pairs that were declared different in training."""
+    return frozenset(map(frozenset, checkpoint.get("declared_different", ())))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pandas as pd
 
 from audit.masks import describe_postprocessing
 from audit.results import AuditResults, headline_mode
+from cohort.leakage import EVIDENCE, NOTES
 from cohort.phantom import PHANTOM_NOTE
 from runtime.files import write_atomically
 from runtime.log import log
@@ -229,6 +230,11 @@ def list_warnings(summary: Mapping[str, Any]) -> list[str]:
             warnings.append(
                 f"{cohort}: {count['seen']} of {count['cases']} cases were in training or validation, "
                 f"{count['unseen']} unseen: not a held-out result{rest}."
+            )
+    for grade, count in summary.get("leakage_grades", {}).items():
+        if grade in (EVIDENCE[name] for name in NOTES):
+            warnings.append(
+                f"{count} tested case(s): {grade}. This is no proof and does not count as seen: look at them."
             )
     if "external_unseen" in summary["cohorts"]:
         warnings.append("external_unseen is the external cohort without the cases that were seen.")

@@ -26,9 +26,9 @@ from benchmarks.common import print_table, write_result
 from cohort.cases import load_case
 from cohort.fingerprints import GRID, fingerprint
 from cohort.layouts import CaseSource, find_cases
-from cohort.leakage import SAME_SCAN, Identity, compare_thumbnails, find_leakage, identify_case
+from cohort.leakage import ALIKE, Identity, compare_thumbnails, find_leakage, identify_case, select_proven
 from cohort.phantom import FIRST_ID, make_phantom
-from cohort.preprocess import brain_mask
+from cohort.preprocess import brain_mask, normalise_volume
 from runtime.command import run_command
 
 COHORTS = (1251, 335)  # BraTS 2021 and BraTS 2019: what the time is extrapolated to
@@ -144,9 +144,9 @@ def revise(labels: np.ndarray | None) -> np.ndarray | None:
 def identify(scan: Scan) -> Identity:
     """Return the identity of a scan; the name is its case and its patient."""
     content = fingerprint(scan.intensities, scan.labels)
-    return identify_case(
-        SimpleNamespace(case_id=scan.name, patient_id=scan.name, aliases=(), fingerprint=content)
-    )
+    case = SimpleNamespace(case_id=scan.name, patient_id=scan.name, aliases=(), fingerprint=content)
+    volume = np.float32(scan.intensities)[None]
+    return dataclasses.replace(identify_case(case), read_volume=lambda: normalise_volume(volume)[0][0])
 
 
 def measure_disguise(name: str, scans: Sequence[Scan], known: Sequence[Identity]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def measure_disguise(name: str, scans: Sequence[Scan], known: Sequence[Identity]
         labels = revise(scan.labels) if name == "revised mask" else None
         changed = np.ascontiguousarray(DISGUISES[name](scan.intensities), dtype=np.float32)
         hidden = dataclasses.replace(identify(Scan(scan.name, changed, labels)), case_id="", patient_id="")
-        for row in find_leakage("", [hidden], known).itertuples():
+        for row in select_proven(find_leakage("", [hidden], known)).itertuples():
             evidence.append(row.evidence if row.training_case == scan.name else "wrong")
             wrong += row.training_case != scan.name
         compared = compare_thumbnails(hidden.thumbnail[None], stack)[0]
@@ -182,7 +182,7 @@ def measure_pairs(known: Sequence[Identity]) -> dict[str, Any]:
     upper = np.triu_indices(len(known), 1)
     values = compare_thumbnails(cells, cells)[upper]
     hashes = [one.image_sha256 for one in known] + [one.mask_sha256 for one in known if one.mask_sha256]
-    near = int((values >= SAME_SCAN).sum())
+    near = int((values >= ALIKE).sum())
     return {
         "pairs": len(values),
         "false_alarms_near": near,
@@ -272,7 +272,7 @@ def main(config: LeakageConfig) -> None:
     print_table([{"pairs of": name, **row} for name, row in pairs.items()])
     print_table([seconds])
     content = {
-        "threshold": SAME_SCAN,
+        "threshold": ALIKE,
         "cases": {name: len(cohort) for name, cohort in cohorts.items()},
         "disguises": rows,
         "different_pairs": pairs,

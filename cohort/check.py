@@ -25,6 +25,7 @@ from cohort.cases import (
     read_modality,
 )
 from cohort.layouts import CaseSource, missing_modality, scan_cases
+from cohort.patients import describe_likely_visits
 from cohort.preprocess import fill_air, find_doubts
 from cohort.resolvers import find_gap
 from runtime.errors import InputError
@@ -169,6 +170,8 @@ def check_cohort(
     problems += check_cases(cases, modalities, every_file)
     if every_file:
         problems += find_unlike(cases, modalities)
+    if likely_visits := describe_likely_visits(cases):
+        problems.append(Problem("", str(source.data_dir), "warning", likely_visits))
     return cases, problems
 
 

@@ -69,10 +69,10 @@ def find_head(ranks: np.ndarray) -> list[tuple[float, float]]:
     return box
 
 
-def resample_weights(size: int, start: float, stop: float) -> np.ndarray:
-    """Return (GRID, size) weights that take an axis from start..stop to GRID cells: means, or linear."""
-    edges = np.linspace(start, stop, GRID + 1)
-    if stop - start < GRID:
+def resample_weights(size: int, start: float, stop: float, cells: int = GRID) -> np.ndarray:
+    """Return (cells, size) weights that take an axis from start..stop to `cells` cells: means, or linear."""
+    edges = np.linspace(start, stop, cells + 1)
+    if stop - start < cells:
         distance = np.abs((edges[:-1, None] + edges[1:, None]) / 2 - 0.5 - np.arange(size))
         weights = np.clip(1 - distance, 0, None)
     else:

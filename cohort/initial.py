@@ -16,6 +16,7 @@ from cohort.leakage import (
     identify_case,
     identity_of_ids,
     pack_identities,
+    select_proven,
     unpack_identities,
 )
 from model_drunet_v2 import SWITCHES
@@ -191,7 +192,7 @@ def refuse_seen(
 
     Cases of validation are warned of: the epoch and the threshold are then chosen on cases that were learnt.
     """
-    leakage = find_seen("test", test, seen)
+    leakage = select_proven(find_seen("test", test, seen))
     if len(leakage):
         first = leakage.iloc[0]
         raise InputError(
@@ -200,7 +201,7 @@ def refuse_seen(
             f"{first['evidence']}, one of {len(leakage)} such",
             "give --split with the split.json of the run they are from, or start from other weights",
         )
-    if count := len(find_seen("validation", validation, seen)):
+    if count := len(select_proven(find_seen("validation", validation, seen))):
         log.warning(
             "%d of %d validation cases were seen by the weights of %s: validation Dice is too high, and the "
             "threshold is chosen on it",

@@ -16,6 +16,7 @@ from cohort.conventions import check_regions
 from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
 from cohort.layouts import CaseSource
+from cohort.patients import describe_likely_visits
 from cohort.phantom import is_phantom
 from runtime.errors import InputError
 from runtime.files import write_atomically, write_json
@@ -34,6 +35,8 @@ class TrainingSource(CaseSource):
     """split.json of another run to use instead of drawing a split"""
     hold_out_dir: str | None = None
     """cohort kept for testing: its patients are left out by id, mapping and content of the scans"""
+    different: str | None = None
+    """CSV file, two columns of case ids: pairs that look alike, and a person saw that they are two people"""
     skip_bad: bool = False
     """check every case first and leave out those with errors; see skipped.csv"""
     cache_dir: str = "cache"
@@ -49,6 +52,7 @@ class Selection:
     data_kind: str  # "phantom" or "real"
     held_out: list[str]
     skipped: list[str]
+    different: leakage.Pairs = frozenset()  # pairs that a person declared different
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -58,6 +62,7 @@ class Selection:
             "held_out": self.held_out,
             "skipped": self.skipped,
             "split_sha256": self.split["sha256"],
+            "declared_different": leakage.list_pairs(self.different),
         }
 
 
@@ -66,18 +71,23 @@ def select_cases(source: TrainingSource, seed: int, folder: Path, resumed: bool)
 
     A resumed run keeps what its folder says already.
     """
+    different = leakage.read_different(source.different)
     all_cases, skipped = find_sound_cases(source, folder)
     masked = with_reference(all_cases, source.data_dir)
     check_regions(masked, source.regions)
     cases = hold_out(source, masked, folder, resumed)
+    if likely_visits := describe_likely_visits(cases):
+        log.warning("%s", likely_visits)
     kept = {case.case_id for case in cases}
     held_out = [case.case_id for case in masked if case.case_id not in kept]
     if (folder / "split.json").exists() and resumed:
         split = splits.read_split(folder / "split.json")
     else:
+        check_enough_left(source, masked, cases)
         split = choose_split(source, cases, seed, {*held_out, *skipped})
         write_json(folder / "split.json", split)
-    return Selection(cases, split, "phantom" if is_phantom(masked[0]) else "real", held_out, skipped)
+    kind = "phantom" if is_phantom(masked[0]) else "real"
+    return Selection(cases, split, kind, held_out, skipped, different)
 
 
 def find_sound_cases(source: TrainingSource, folder: Path) -> tuple[list[Case], list[str]]:
@@ -115,7 +125,9 @@ def hold_out(source: TrainingSource, cases: Sequence[Case], folder: Path, resume
         own = cache.prepare_cases(cases, source.modalities, source.regions, source.cache_dir)
         others = cache.prepare_cases(held, (modality,), (), source.cache_dir)
         left_out = leakage.find_held_out(
-            [leakage.identify_case(case) for case in own], [leakage.identify_case(case) for case in others]
+            [leakage.identify_case(case, source.modalities.index(modality)) for case in own],
+            [leakage.identify_case(case) for case in others],
+            leakage.read_different(source.different),
         )
         write_atomically(path, lambda target: left_out.to_csv(target, index=False))
     left_out = pd.read_csv(path, dtype={"case": str, "patient": str})
@@ -132,6 +144,18 @@ def hold_out(source: TrainingSource, cases: Sequence[Case], folder: Path, resume
         log.info("  left out: %s, %s as %s", row.case, row.evidence, row.known_as)
     ids = set(left_out["case"])
     return [case for case in cases if case.case_id not in ids]
+
+
+def check_enough_left(source: TrainingSource, masked: Sequence[Case], cases: Sequence[Case]) -> None:
+    """Raise InputError where --hold-out-dir left fewer than three patients of those there were."""
+    before, left = (len({case.patient_id for case in group}) for group in (masked, cases))
+    if left < 3 <= before and source.hold_out_dir:
+        raise InputError(
+            f"--hold-out-dir {source.hold_out_dir}",
+            f"{before - left} of the {before} patients in {source.data_dir} are in it and left out, see "
+            f"held_out.csv; {left} remain, too few for train, validation and test",
+            "hold out a cohort of other patients, or train on more",
+        )
 
 
 def choose_split(
@@ -171,5 +195,9 @@ def prepare_parts(selection: Selection, source: TrainingSource) -> dict[str, lis
     check_shown(all_prepared, source.regions, source.data_dir)
     prepared = iter(all_prepared)
     by_part = {name: list(itertools.islice(prepared, len(members))) for name, members in parts.items()}
-    leakage.check_parts({name: list(map(leakage.identify_case, own)) for name, own in by_part.items()})
+    channel = source.modalities.index(fingerprint_modality(source.modalities))
+    identities = {
+        name: [leakage.identify_case(case, channel) for case in own] for name, own in by_part.items()
+    }
+    leakage.check_parts(identities, selection.different)
     return by_part

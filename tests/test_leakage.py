@@ -1,6 +1,7 @@
 """Leakage: fingerprints against disguises, the order of evidence, the split, --hold-out-dir, the audit."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -9,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import ndimage
 from test_commands import TINY, complaint, run
 
-from audit.seen import identify_seen, list_leakage
+from audit.seen import attach_volumes, identify_seen, list_leakage, search_leakage
 from cohort.cache import prepare_cases
 from cohort.cases import Case
 from cohort.fingerprints import (
@@ -24,7 +26,8 @@ from cohort.fingerprints import (
 )
 from cohort.layouts import CaseSource, find_cases
 from cohort.leakage import (
-    SAME_SCAN,
+    ALIKE,
+    EVIDENCE,
     Identity,
     check_parts,
     compare_thumbnails,
@@ -32,7 +35,10 @@ from cohort.leakage import (
     find_leakage,
     find_seen,
     identify_case,
+    list_pairs,
     pack_identities,
+    read_different,
+    select_proven,
     unpack_identities,
 )
 from cohort.phantom import make_phantom
@@ -86,14 +92,14 @@ DISGUISES = {
 @pytest.mark.parametrize("name", DISGUISES)
 def test_a_disguised_scan_is_the_same_scan(heads, name):
     for head in heads[::3]:
-        assert similarity(DISGUISES[name](head.astype(np.float64)), head) >= SAME_SCAN
+        assert similarity(DISGUISES[name](head.astype(np.float64)), head) >= ALIKE
 
 
 def test_different_heads_are_not_the_same_scan(heads):
     cells = np.array([make_thumbnail(head.astype(np.float32)) for head in heads])
     compared = compare_thumbnails(cells, cells)
     assert np.allclose(np.diag(compared), 1)
-    assert (compared[~np.eye(len(heads), dtype=bool)] < SAME_SCAN).all()
+    assert (compared[~np.eye(len(heads), dtype=bool)] < ALIKE).all()
 
 
 def test_coarse_phantoms_of_the_command_tests_are_told_apart(phantom_cohort, external_cohort, tmp_path):
@@ -151,9 +157,16 @@ def test_mask_hash_ignores_labels_and_padding_and_small_masks():
     assert hash_mask(None) == ""
 
 
-def made(case_id, patient_id=None, aliases=(), image="", mask="", seed=0):
-    cells = np.random.default_rng(seed).integers(-127, 128, (GRID,) * 3).astype(np.int8)
-    return Identity(case_id, patient_id or case_id, aliases, image or case_id, mask, cells)
+COLUMNS = ("cohort", "case", "evidence", "training_case", "similarity", "correlation", "grade")
+
+
+def made(case_id, patient_id=None, aliases=(), image="", mask="", seed=0, volume=None):
+    """Return an identity of random cells and a random volume, those of one seed alike; None has no volume."""
+    random = np.random.default_rng(seed)
+    cells = random.integers(-127, 128, (GRID,) * 3).astype(np.int8)
+    voxels = np.pad(ndimage.gaussian_filter(random.normal(0, 1, (20, 20, 20)), 0.7) + 4, 4)
+    names = (case_id, patient_id or case_id, aliases)
+    return Identity(*names, image or case_id, mask, cells, (lambda: voxels) if volume is None else volume)
 
 
 def test_evidence_is_the_first_that_agrees():
@@ -169,12 +182,15 @@ def test_evidence_is_the_first_that_agrees():
     blank = np.zeros((GRID,) * 3, np.int8)
     steps.append(("mask", {**steps[-1][1], "thumbnail": blank}))
     for evidence, changes in steps:
-        rows = find_leakage("external", [dataclasses.replace(same, **changes)], known)
+        one = dataclasses.replace(same, **changes)
+        rows = find_leakage("external", [one], known, one_cohort=True)
         assert rows[["cohort", "evidence", "training_case"]].values.tolist() == [["external", evidence, "k"]]
         assert (rows["similarity"][0] == 1) == (evidence in ("exact image", "near image"))
+        assert (rows["correlation"][0] > 0.99) == (evidence == "near image")
+        assert rows["grade"][0] == EVIDENCE[evidence]
     nothing = dataclasses.replace(same, **steps[-1][1], mask_sha256="")
     rows = find_leakage("external", [nothing], known)
-    assert rows.columns.tolist() == ["cohort", "case", "evidence", "training_case", "similarity"]
+    assert rows.columns.tolist() == [*COLUMNS]
     assert rows.empty
     assert find_leakage("external", [same], []).empty
 
@@ -182,15 +198,15 @@ def test_evidence_is_the_first_that_agrees():
 @pytest.mark.parametrize(
     "tested",
     [
-        made("a", "b", ("k",), seed=3),
-        made("a", "b", ("p",), seed=3),
-        made("n", "b", seed=3),
-        made("a", "n", seed=3),
-        made("a", "b", ("n",), seed=3),
+        made("a", "b", ("BraTS19_K_1",), seed=3),
+        made("a", "b", ("BraTS19_K",), seed=3),
+        made("BraTS2021_00009", "b", seed=3),
+        made("a", "BraTS2021_00009", seed=3),
+        made("a", "b", ("BraTS2021_00009",), seed=3),
     ],
 )
 def test_a_mapping_names_a_case_from_either_side(tested):
-    rows = find_leakage("external", [tested], [made("k", "p", ("n",))])
+    rows = find_leakage("external", [tested], [made("BraTS19_K_1", "BraTS19_K", ("BraTS2021_00009",))])
     assert rows["evidence"].tolist() == ["mapping"]
 
 
@@ -201,6 +217,74 @@ def test_a_duplicate_over_the_parts_of_a_split_is_an_error_that_names_both(input
     with input_error("twin", "b (train)", "near image", "--mapping"):
         check_parts(parts | {"test": [twin]})
     check_parts(parts | {"train": [*parts["train"], twin]})  # within one part it does no harm
+
+
+def test_alike_but_not_verified_is_warned_of_and_stops_nothing(caplog, tmp_path):
+    one, twin = made("a", seed=1), dataclasses.replace(made("b", seed=1), read_volume=None)
+    rows = find_leakage("external", [twin], [one])
+    assert rows[["evidence", "training_case", "grade"]].values.tolist() == [
+        ["alike image", "a", "alike, not verified"]
+    ]
+    assert np.isnan(rows["correlation"][0])
+    other_voxels = made("c", seed=5).read_volume
+    differing = dataclasses.replace(twin, read_volume=other_voxels)  # as two people of one atlas
+    rows = find_leakage("external", [differing], [one])
+    assert rows["evidence"].tolist() == ["alike image"]
+    assert rows["correlation"][0] < 0.3
+    for second in (twin, differing):
+        caplog.clear()
+        check_parts({"train": [one], "validation": [second]})
+        assert find_held_out([second], [one]).empty
+        for cohort in ("internal", "external"):
+            _, seen = search_leakage(tmp_path / "l.csv", {cohort: [second]}, [one], allow_seen=False)
+            assert seen[cohort] == {"cases": 1, "seen": 0, "unseen": 1}
+        warned = " ".join(record.message for record in caplog.records if record.levelname == "WARNING")
+        assert all(word in warned for word in ("b and a", "--different", "no proof"))
+
+
+def test_pairs_declared_different_stop_nothing_and_other_pairs_still_do(tmp_path, input_error, caplog):
+    path = tmp_path / "pairs.csv"
+    path.write_text("case_1,case_2\nb, a\n\nx,y\n")
+    different = read_different(path)
+    assert list_pairs(different) == [["a", "b"], ["x", "y"]]
+    one, twin, third = made("a", seed=1), made("b", seed=1), made("c", seed=1)
+    with input_error("b (validation)", "near image", "--different"):
+        check_parts({"train": [one], "validation": [twin]})
+    check_parts({"train": [one], "validation": [twin]}, different)
+    assert not caplog.records
+    with input_error("c (validation)", "a (train)"):
+        check_parts({"train": [one], "validation": [third]}, different)
+    assert find_held_out([twin], [one], different).empty
+    copy = dataclasses.replace(twin, image_sha256="a")  # one file is one scan, whatever anybody says
+    rows = find_leakage("external", [copy], [one], different=different)
+    assert rows["evidence"].tolist() == ["exact image"]
+    path.write_text("a\n")
+    with input_error("--different", "row 1"):
+        read_different(path)
+    with input_error("--different", "nowhere.csv"):
+        read_different(tmp_path / "nowhere.csv")
+    assert read_different(None) == frozenset()
+
+
+def test_an_id_that_every_site_has_is_no_evidence_by_itself(caplog, tmp_path):
+    ours, theirs = made("patient_001", seed=1), made("patient_001", image="theirs", seed=2)
+    rows = find_leakage("external", [theirs], [ours])
+    assert rows[["evidence", "grade"]].values.tolist() == [["same id", "same id, content not alike"]]
+    assert find_held_out([ours], [theirs]).empty
+    assert "patient_001" in caplog.text
+    _, seen = search_leakage(tmp_path / "l.csv", {"external": [theirs]}, [ours], allow_seen=False)
+    assert seen["external"] == {"cases": 1, "seen": 0, "unseen": 1}
+    again = dataclasses.replace(theirs, thumbnail=ours.thumbnail, read_volume=ours.read_volume)
+    assert find_leakage("external", [again], [ours])["evidence"].tolist() == ["near image"]  # content decides
+    assert find_leakage("internal", [theirs], [ours], one_cohort=True)["evidence"].tolist() == ["case id"]
+    for name in ("BraTS2021_00001", "UPENN-GBM-00001_11"):
+        rows = find_leakage("external", [made(name, seed=2)], [made(name, seed=1)])
+        assert rows["evidence"].tolist() == ["case id"]
+    visits = [made(f"sub-001_ses-{n}", "sub-001", image=str(n), seed=n) for n in (1, 2)]
+    assert find_leakage("external", visits[:1], visits[1:])["evidence"].tolist() == ["same id"]
+    listed = [made(name, aliases=("18",), seed=n) for n, name in enumerate(("17", "19"), 1)]
+    rows = find_leakage("external", [made("18", seed=4)], listed)
+    assert select_proven(rows).empty  # patient 18 of a sheet of another site
 
 
 def test_held_out_are_all_cases_of_a_patient_found_by_one():
@@ -262,13 +346,30 @@ def test_leakage_is_searched_in_the_cohorts_to_be_tested(prepare, heads):
     train, validation, other = (prepare(name, heads[n]) for n, name in enumerate("tvo"))
     again, sibling = prepare("x", heads[0] * 2, "p"), prepare("y", heads[3], "p")
     known = identify_seen(pack_identities([identify_case(train), identify_case(validation)]), [])
-    cohorts = {"validation": [validation], "internal": [other], "external": [again, sibling]}
+    cohorts = {"internal": [identify_case(other)], "external": [identify_case(again), identify_case(sibling)]}
+    assert list_leakage(cohorts, known)["evidence"].tolist() == ["alike image"]  # the volume is not at hand
+    asked = []
+    fetch = functools.partial(fetch_and_note, [train, validation], asked)
+    known = attach_volumes(known, [one for cases in cohorts.values() for one in cases], fetch, 0)
+    assert asked == [{"t"}]
     found = list_leakage(cohorts, known)
     assert found[["cohort", "case", "evidence", "training_case"]].to_numpy().tolist() == [
         ["external", "x", "near image", "t"],
         ["external", "y", "patient id", "t"],
     ]
-    assert list_leakage({"validation": [validation], "internal": [other]}, known).empty
+    assert list_leakage({"internal": [identify_case(other)]}, known).empty
+
+
+def fetch_and_note(cases, asked, wanted):
+    asked.append(wanted)
+    return [case for case in cases if case.case_id in wanted]
+
+
+def test_a_volume_that_has_changed_since_training_verifies_nothing(prepare, heads):
+    train, again = prepare("t", heads[0]), identify_case(prepare("x", heads[0] * 2))
+    known = identify_seen(pack_identities([identify_case(train)]), [])
+    fetch = functools.partial(fetch_and_note, [prepare("t", heads[1])], [])
+    assert attach_volumes(known, [again], fetch, 0)[0].read_volume is None
 
 
 def test_an_old_checkpoint_knows_its_cases_by_what_is_still_there(prepare, heads, caplog):
@@ -278,7 +379,7 @@ def test_an_old_checkpoint_knows_its_cases_by_what_is_still_there(prepare, heads
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "first gone" in warning
     tested = [prepare("x", heads[0] + 7), prepare("y", heads[1], "p"), prepare("z", heads[2])]
-    found = list_leakage({"internal": tested}, known)
+    found = list_leakage({"internal": list(map(identify_case, tested))}, known)
     assert found[["case", "evidence", "training_case"]].to_numpy().tolist() == [
         ["x", "near image", "t"],
         ["y", "patient id", "gone"],
@@ -368,7 +469,8 @@ def test_an_external_cohort_with_seen_cases_is_reported_in_both_forms(held, phan
     assert "external: 4 cases, 1 of them seen in training or validation, 3 unseen" in done.stdout
     assert "not a held-out result" in done.stdout
     leakage = pd.read_csv(folder / "audit" / "leakage.csv")
-    assert leakage.columns.tolist() == ["cohort", "case", "evidence", "training_case", "similarity"]
+    assert leakage.columns.tolist() == [*COLUMNS]
+    assert leakage["grade"][0] == "same scan, verified"
     assert leakage.iloc[0, :4].tolist() == ["external", "BraTS2021_09998", "near image", seen]
     assert leakage["similarity"][0] > 0.99
     summary = json.loads((folder / "audit" / "summary.json").read_text())
@@ -407,3 +509,36 @@ def test_training_stops_at_a_duplicate_over_the_parts(tmp_path, phantom_cohort):
     done = run("train_drunet_v2.py", "--data-dir", "data", *TINY, "--epochs", 1, cwd=tmp_path, expect=2)
     assert "near image" in complaint(done)
     assert "--mapping" in complaint(done)
+
+
+def test_two_sites_that_number_alike_are_two_cohorts(tmp_path, phantom_cohort, external_cohort):
+    cohorts = {}
+    for site, source in (("a", phantom_cohort), ("b", external_cohort)):
+        names = sorted(path.name for path in source.iterdir() if path.is_dir())
+        for number, name in enumerate(names):
+            folder = tmp_path / site / f"patient_{number:03}"
+            folder.mkdir(parents=True)
+            for kind in ("flair", "seg"):
+                shutil.copy(source / name / f"{name}_{kind}.nii.gz", folder / f"{folder.name}_{kind}.nii.gz")
+        cohorts[site] = len(names)
+    arguments = ("--data-dir", "a", "--run", "r", "--epochs", 1, *TINY)
+    done = run("train_drunet_v2.py", *arguments, "--hold-out-dir", "b", cwd=tmp_path)
+    assert "0 cases of 0 patients" in done.stdout
+    tested = ("--run", "results/r", "--external-dir", "b", "--device", "cpu")
+    run("final_evaluation_v2.py", *tested, cwd=tmp_path)
+    summary = json.loads((tmp_path / "results" / "r" / "evaluation" / "summary.json").read_text())
+    assert summary["seen_in_training"]["external"] == {
+        "cases": cohorts["b"],
+        "seen": 0,
+        "unseen": cohorts["b"],
+    }
+    assert summary["leakage_grades"].get("same id, content not alike")
+    assert summary["declared_different"] == []
+    report = (tmp_path / "results" / "r" / "evaluation" / "report.html").read_text()
+    assert "same id, content not alike" in report
+    shutil.copytree(tmp_path / "a", tmp_path / "most")
+    for folder in sorted((tmp_path / "most").iterdir())[:2]:
+        shutil.rmtree(folder)
+    again = ("--data-dir", "a", "--run", "few", *TINY, "--hold-out-dir", "most")
+    done = run("train_drunet_v2.py", *again, cwd=tmp_path, expect=2)
+    assert all(word in complaint(done) for word in ("--hold-out-dir most", "2 remain", "held_out.csv"))

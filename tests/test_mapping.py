@@ -13,7 +13,14 @@ from scipy.sparse.csgraph import connected_components
 
 from cohort.cases import Case
 from cohort.layouts import CaseSource, find_cases
-from cohort.patients import find_sheets, group_ids, map_patients, patient_named
+from cohort.patients import (
+    describe_likely_visits,
+    find_sheets,
+    group_ids,
+    map_patients,
+    patient_named,
+    patient_of,
+)
 from cohort.split import SPLIT_PARTS, split_cases
 
 # Header and cells as the organisers write them: a no-break space ends the last header, NA stands for nothing.
@@ -172,6 +179,15 @@ def test_two_timepoints_are_one_patient_without_any_sheet(cohort):
         ("TCGA-CS-4942", "TCGA_CS_4942"),
         ("BraTS-MEN-00004-000", "BraTS-MEN-00004"),
         ("BraTS2021_00000\N{NO-BREAK SPACE}", "BraTS2021_00000"),
+        ("TCGA-CS-4942_1997-02-22", "TCGA_CS_4942"),
+        ("TCGA_CS_4942_1997.02.22", "TCGA_CS_4942"),
+        ("TCGA-CS-4942-19970222", "TCGA_CS_4942"),
+        ("UPENN-GBM-00001_11", "UPENN-GBM-00001"),
+        ("UCSF-PDGM-0004_FU001d", "UCSF-PDGM-0004"),
+        ("UCSF-PDGM-0004", "UCSF-PDGM-0004"),
+        ("BraTS2024_SSA-00002-000", "BraTS2024_SSA-00002"),
+        ("sub-001_ses-02", None),  # a patient of its cohort only: another site has a sub-001 too
+        ("patient_001", None),
         ("NA", None),
         ("TCGA-GBM", None),  # a data collection, not a patient
         ("HGG", None),
@@ -197,3 +213,77 @@ def test_mapping_changes_nothing_but_patients_and_aliases(tmp_path, make_cases):
     cases = make_cases([("BraTS2021_00000", "?"), ("BraTS2021_00002", "?")])
     mapped = map_patients(cases, [write(tmp_path / "mapping.csv", SHEET_2021)])
     assert [dataclasses.replace(case, patient_id="?", aliases=()) for case in mapped] == cases
+
+
+@pytest.mark.parametrize(
+    ("case_id", "patient"),
+    [
+        ("sub-001", "sub-001"),
+        ("sub-001_ses-02", "sub-001"),
+        ("Patient-001_week-044", "Patient-001"),
+        ("Patient-001_week-000-1", "Patient-001"),
+        ("PatientID_0003_Timepoint_1", "PatientID_0003"),
+        ("Patient-001_t1", "Patient-001"),
+        ("P07_tp2", "P07"),
+        ("AAB_visit2", "AAB"),
+        ("P07_baseline", "P07"),
+        ("P07_2020-01-31", "P07"),
+        ("P07_01.31.2020", "P07"),
+        ("Smith_20200131", "Smith"),
+        ("scan_20200131", "scan_20200131"),  # the date is all that the id says
+        ("patient_001", "patient_001"),
+        ("site1_001", "site1_001"),
+        ("week-044", "week-044"),
+        ("t1", "t1"),
+        ("BRATS_001", "BRATS_001"),
+    ],
+)
+def test_the_patient_of_an_id_that_says_a_visit(case_id, patient):
+    assert patient_of(case_id) == patient
+
+
+def patients_of(make_cases, *ids):
+    mapped = map_patients(make_cases([(case_id, "?") for case_id in ids]), [])
+    return [case.patient_id for case in mapped], describe_likely_visits(mapped)
+
+
+@pytest.mark.parametrize(
+    "style", ["sub-{:03}_ses-0{}", "UPENN-GBM-{:05}_{}1", "P{:02}_week-{}", "pat_{:03}_{}"]
+)
+def test_visits_of_one_patient_never_part_in_a_split(make_cases, style):
+    ids = [style.format(patient, visit) for patient in range(1, 9) for visit in (1, 2)]
+    mapped = map_patients(make_cases([(case_id, "?") for case_id in ids]), [])
+    assert len({case.patient_id for case in mapped}) == 8
+    for seed in range(10):
+        split = split_cases(mapped, seed)
+        places = [{case_id[:-2] for case_id in split[part]} for part in SPLIT_PARTS]
+        assert sum(map(len, places)) == len(set.union(*places))
+    assert describe_likely_visits(mapped) == ""
+
+
+def test_patients_numbered_within_a_site_stay_apart(make_cases):
+    ids = [f"patient_{site}_{number:03}" for site in (1, 2, 3) for number in range(1, 21)]
+    patients, warning = patients_of(make_cases, *ids)
+    assert patients == ids
+    assert warning == ""
+    ids = [f"patient_{number:03}" for number in range(1, 9)]
+    assert patients_of(make_cases, *ids) == (ids, "")
+    ids = [f"BraTS2021_0000{number}" for number in range(1, 4)]
+    assert patients_of(make_cases, *ids) == (ids, "")
+
+
+def test_ids_that_may_be_visits_are_named_with_the_remedy(make_cases):
+    patients, warning = patients_of(make_cases, "h19_1", "h19_2", "h20_1")
+    assert patients == ["h19_1", "h19_2", "h20_1"]
+    assert all(word in warning for word in ("h19_1, h19_2", "--mapping", "patient"))
+    assert "h20" not in warning
+    assert "A7, A7_2" in patients_of(make_cases, "A7", "A7_2", "B8")[1]
+
+
+def test_a_sheet_decides_which_visits_are_of_one_patient(tmp_path, cohort):
+    sheet = write(
+        tmp_path / "own.csv", "scan,patient\nh19_1,A\nh19_2,A\nh20_1,B\nh20_2,C\nx1_t1,D\nx1_t2,E\n"
+    )
+    cases = cohort(["h19_1", "h19_2", "h20_1", "h20_2", "x1_t1", "x1_t2"], mapping=sheet)
+    assert [case.patient_id for case in cases] == ["h19_1", "h19_1", "h20_1", "h20_2", "x1_t1", "x1_t2"]
+    assert describe_likely_visits(cases) == ""
