@@ -43,7 +43,6 @@ from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
     Frame,
     Placement,
-    find_doubts,
     find_head_box,
     find_unlike_spacing,
     fit_slices,
@@ -347,8 +346,6 @@ def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
     volume, brain = normalise_volume(loaded.volume)
     brain_voxels = brain.sum((1, 2))
     warnings = [*loaded.warnings, *warn_of_intensities(loaded.volume, brain_voxels, modalities)]
-    for name, intensities in zip(modalities, loaded.volume, strict=True):
-        warnings += [f"{name} {doubt}" for doubt in find_doubts(intensities)]
     frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
     first = loaded.volume[0].copy()
     return ReadCase(case, volume, brain_voxels, first, loaded.spacing_mm, frame, tuple(warnings))

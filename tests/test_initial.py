@@ -210,11 +210,16 @@ def identity(case_id: str, patient_id: str, image: str) -> Identity:
 
 
 def test_a_seen_test_case_is_named_by_id_patient_or_content(input_error: Callable) -> None:
-    seen = [identity("a-1", "a", "one"), identity("b-1", "b", "two")]
-    for tested in (identity("a-1", "x", "z"), identity("q", "b", "z"), identity("renamed", "x", "two")):
+    first, second = "TCGA_CS_4942", "TCGA_DU_8162"  # of a known kind: other sites have no such ids
+    seen = [identity(f"{first}_19970222", first, "one"), identity(f"{second}_19961029", second, "two")]
+    for tested in (
+        identity(f"{first}_19970222", "x", "z"),
+        identity("q", second, "z"),
+        identity("renamed", "x", "two"),
+    ):
         with input_error("--init best.pt", tested.case_id, "test set", "--split"):
             refuse_seen("best.pt", seen, [], [identity("new", "new", "new"), tested])
-    refuse_seen("best.pt", seen, [identity("a-1", "a", "one")], [identity("new", "new", "new")])
+    refuse_seen("best.pt", seen, seen[:1], [identity("new", "new", "new")])
 
 
 def test_init_and_resume_from_end_to_end(tmp_path: Path, phantom_cohort: Path, external_cohort: Path) -> None:

@@ -295,7 +295,7 @@ def test_blank_and_empty_results_stand_in_the_table_and_the_log(cohort, segment,
     image = nib.load(scan)
     nib.save(nib.Nifti1Image(np.full(image.shape, 7, np.int16), image.affine), scan)
     table = segment(tmp_path / "out", cohort / first, cohort / second)
-    assert table["warnings"].tolist() == ["flair is blank: one value everywhere; no WT found", ""]
+    assert table["warnings"].tolist() == ["flair is blank, 7 everywhere; no WT found", ""]
     assert f"{first}: flair is blank" in caplog.text
     table = segment(tmp_path / "none", cohort / second, threshold=1.0)
     assert table["warnings"].tolist() == ["no WT found"]
@@ -325,9 +325,7 @@ def test_the_range_in_the_checkpoint_reaches_the_table(checkpoint, segment, coho
 def test_intensities_in_which_nothing_can_be_found():
     ramp, flat = np.arange(8.0).reshape(2, 2, 2), np.ones((2, 2, 2))
     warn = warn_of_intensities
-    assert warn(np.stack([ramp, flat]), np.array([99, 0]), ("flair", "t1")) == [
-        "t1 is blank: one value everywhere"
-    ]
+    assert warn(np.stack([ramp, flat]), np.array([99, 0]), ("flair", "t1")) == ["t1 is blank, 1 everywhere"]
     assert warn(ramp[None], np.array([0, 0]), ("flair",)) == ["no foreground in flair"]
     assert warn(ramp[None], np.array([63, 1]), ("flair",)) == [
         "no slice has 64 foreground voxels: the network was not run"
