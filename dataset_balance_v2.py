@@ -255,7 +255,7 @@ def make_train_loader(
 class BalanceConfig:
     """Settings of the balance report."""
 
-    cases: tyro.conf.OmitArgPrefixes[CaseSource] = CaseSource()
+    source: tyro.conf.OmitArgPrefixes[CaseSource] = CaseSource()
     modalities: Modalities = ("flair",)
     """modalities to read"""
     regions: Regions = ("WT",)
@@ -296,7 +296,7 @@ def main(config: BalanceConfig) -> None:
         log.info(f"{config.cache_dir}: removed {clear_cache(config.cache_dir) / 1e9:.3g} GB")
         return
     check_output(Path(config.check_csv if config.check else config.output), config.overwrite)
-    source = dataclasses.replace(config.cases, data_dir=choose_data_dir(config.cases.data_dir))
+    source = dataclasses.replace(config.source, data_dir=choose_data_dir(config.source.data_dir))
     if config.check:
         check_data(config, source)
         return

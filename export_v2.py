@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from audit.masks import threshold_regions
+from audit.postprocess import threshold_regions
 from cohort.cases import load_case
 from cohort.layouts import CaseSource, find_cases
 from cohort.preprocess import Z_RANGE, normalise_volume

@@ -26,9 +26,9 @@ import tyro
 
 from audit.compare import compare_runs
 from audit.figures import draw_figures
-from audit.masks import postprocess, settings_of, threshold_regions
 from audit.measure import mean_uncertainty, measure_case, summarise_all
 from audit.overlays import take_picture
+from audit.postprocess import postprocess, settings_of, threshold_regions
 from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
 from audit.score import ScoreSettings, score_predictions

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from audit.masks import postprocess, settings_of, threshold_regions
 from audit.output import (
     Output,
     Prediction,
@@ -36,6 +35,7 @@ from audit.output import (
     write_case,
     write_table,
 )
+from audit.postprocess import postprocess, settings_of, threshold_regions
 from cohort.cases import Case, load_case
 from cohort.inputs import find_readable
 from cohort.layouts import CaseSource, Channel, LayoutName, find_cases_of_run, log_cases

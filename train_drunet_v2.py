@@ -31,12 +31,12 @@ from torch.utils.data import DataLoader
 import dataset_balance_v2 as dataset
 import inference_v2 as inference
 import model_drunet_v2 as model
-from audit import masks, overlays, plots
+from audit import overlays, plots, postprocess
 from cohort import cache, initial, phantom, selection
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
 from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks, rates
-from runtime.command import Count, CountOrNone, Decay, NotNegative, Positive, Seed, Share
+from runtime.command import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share
 from runtime.errors import InputError
 from runtime.log import log, log_to_file, progress
 from runtime.state import Clock, Recipe, TrainState, start_state
@@ -67,10 +67,10 @@ class TrainConfig:
     """seed of weights, split, draws and augmentation"""
 
     # the cases
-    cases: tyro.conf.OmitArgPrefixes[TrainingSource] = TrainingSource()
+    source: tyro.conf.OmitArgPrefixes[TrainingSource] = TrainingSource()
 
     # the network
-    context: CountOrNone = 1
+    context: CountOrZero = 1
     """neighbouring slices on each side of the one segmented"""
     size: Count = 256
     """height and width of the network's input"""
@@ -106,9 +106,9 @@ class TrainConfig:
     """the learning rate never drops below this; set again, the run goes on from --learning-rate"""
     rate_since: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
     """epochs that were finished when the learning rate was last set again"""
-    warmup_steps: CountOrNone = 200
+    warmup_steps: CountOrZero = 200
     """optimiser steps of linear warm-up, at most one epoch"""
-    patience: CountOrNone = 5
+    patience: CountOrZero = 5
     """epochs in a row without a rise of validation Dice above 0.001; the next divides the rate by 10"""
     drop_by: Positive = 0.75
     """share of the epochs or minutes after which the rate is --min-learning-rate; above 1 never"""
@@ -134,7 +134,7 @@ class TrainConfig:
     """where to compute"""
     amp: bool = True
     """mixed precision: bfloat16, or float16 with loss scaling, where the device has it"""
-    workers: CountOrNone = 2
+    workers: CountOrZero = 2
     """loader processes; 0 loads in the training process"""
     compile: bool = False
     """compile the network with torch.compile; where that fails, go on without"""
@@ -175,7 +175,7 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
             TrainConfig, files.read_json(Path(typed.config), "--config", "a run's config.json")
         )
         return parse(dataclasses.replace(settings, run=None, resume=None, rate_since=0))
-    is_demo = typed.cases.data_dir is None and not phantom.DEFAULT_DATA.is_dir()
+    is_demo = typed.source.data_dir is None and not phantom.DEFAULT_DATA.is_dir()
     if typed.init:
         own = initial.network_settings(initial.read_initial(typed.init))
         base = command.to_plain(DEMO if is_demo else TrainConfig())
@@ -355,11 +355,11 @@ def as_trained_model(run: Run, state: TrainState) -> inference.TrainedModel:
     config = run.config
     return inference.TrainedModel(
         network=model.prepare_network(state.evaluated, run.device, run.dtype),
-        modalities=config.cases.modalities,
-        regions=config.cases.regions,
+        modalities=config.source.modalities,
+        regions=config.source.regions,
         context=config.context,
         size=config.size,
-        thresholds=(0.5,) * len(config.cases.regions),
+        thresholds=(0.5,) * len(config.source.regions),
         device=run.device,
         dtype=run.dtype,
         checkpoint={"spacing_mm": run.facts.get("spacing_mm")},
@@ -384,7 +384,8 @@ def finish_epoch(
     if ranks.is_main():
         row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
         row |= {
-            f"validation_dice_{name}": float(v) for name, v in zip(config.cases.regions, at_half, strict=True)
+            f"validation_dice_{name}": float(v)
+            for name, v in zip(config.source.regions, at_half, strict=True)
         }
         write_log(run, row | {"peak_memory_gb": peak_gb})
         if is_better:
@@ -392,7 +393,7 @@ def finish_epoch(
         settings = {"config": command.to_plain(config), "ranks": ranks.world_size()}
         checkpoints.save_checkpoint(run.folder / "last.pt", state.to_checkpoint() | settings | run.facts)
     scores = " ".join(
-        f"{region} {value:.4f}" for region, value in zip(config.cases.regions, at_half, strict=True)
+        f"{region} {value:.4f}" for region, value in zip(config.source.regions, at_half, strict=True)
     )
     log.info(
         f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation "
@@ -444,15 +445,16 @@ def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
             batch_size=run.config.batch_size,
             frame=case.frame,
         )
-        region_masks = masks.threshold_regions(probabilities, best.thresholds, best.regions)
-        cropped.append(masks.crop_case(region_masks, case.reference, case.spacing_mm))
-    choice = masks.choose_postprocessing(cropped, best.regions)
+        region_masks = postprocess.threshold_regions(probabilities, best.thresholds, best.regions)
+        cropped.append(postprocess.crop_case(region_masks, case.reference, case.spacing_mm))
+    choice = postprocess.choose_postprocessing(cropped, best.regions)
     checkpoints.save_checkpoint(path, best.checkpoint | {"postprocessing": choice})
     before, after = (
         np.mean(list(choice[f"validation_dice_{when}"].values())) for when in ("before", "after")
     )
+    chosen = postprocess.describe_postprocessing(choice["settings"])
     log.info(
-        f"post-processing chosen on validation: {masks.describe_postprocessing(choice['settings'])}; Dice "
+        f"post-processing chosen on validation: {chosen}; Dice "
         f"{before:.4f} without, {after:.4f} with, mean over regions and {len(cases)} cases, no TTA"
     )
 
@@ -466,12 +468,12 @@ def place_run(config: TrainConfig) -> TrainConfig:
     """Return the settings with data folder and run name; the demo's phantoms are made where missing."""
     if config.resume:
         return config
-    data_dir = phantom.choose_data_dir(config.cases.data_dir)
+    data_dir = phantom.choose_data_dir(config.source.data_dir)
     name = config.run or f"{Path(data_dir).resolve().name}_{datetime.now():%Y%m%d_%H%M%S}"
     if (Path(config.results_dir) / name / "last.pt").exists():
         raise InputError(f"--run {name}", "this run exists", "choose another name or --resume it")
-    source = dataclasses.replace(config.cases, data_dir=data_dir)
-    return dataclasses.replace(config, cases=source, run=name)
+    source = dataclasses.replace(config.source, data_dir=data_dir)
+    return dataclasses.replace(config, source=source, run=name)
 
 
 def make_state(
@@ -526,7 +528,7 @@ def prepare_step(run: Run, network: nn.Module) -> nn.Module:
 def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
     """Return the loader of this rank's share of the balanced training slabs."""
     config = run.config
-    table = dataset.slice_table(cases, config.cases.regions)
+    table = dataset.slice_table(cases, config.source.regions)
     draws = config.slabs_per_epoch or len(table)
     if draws < config.batch_size * config.accumulate * ranks.world_size():
         raise InputError(
@@ -547,7 +549,7 @@ def open_run(
     log_to_file(folder / "train.log")
     chosen = None
     if ranks.is_main():
-        chosen = selection.select_cases(config.cases, config.seed, folder, resumed=bool(config.resume))
+        chosen = selection.select_cases(config.source, config.seed, folder, resumed=bool(config.resume))
     chosen = ranks.from_main(chosen)
     if ranks.is_main():
         made = {"command": command.command_line(), "ranks": ranks.world_size()}
@@ -604,10 +606,10 @@ def main(config: TrainConfig) -> None:
         state.restore(checkpoint, last)
         if config.rate_since != checkpoint["config"].get("rate_since", 0):
             state.restart_rate(config.learning_rate, config.min_learning_rate)
-    cases = selection.prepare_parts(chosen, config.cases)
+    cases = selection.prepare_parts(chosen, config.source)
     run.facts.update(initial.find_facts(config.init, weights, checkpoint, cases))
     run.facts["spacing_mm"] = dataset.training_spacing(cases["train"], config.size)
-    run.facts["reference_ml"] = dataset.reference_range(cases["train"], config.cases.regions)
+    run.facts["reference_ml"] = dataset.reference_range(cases["train"], config.source.regions)
     loader = make_loader(run, cases["train"])
     log_start(run, chosen, state.network, loader)
     dataset.warn_of_crop([*cases["train"], *cases["validation"]], config.size, state.network.multiple)

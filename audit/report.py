@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from audit.masks import describe_postprocessing
+from audit.postprocess import describe_postprocessing
 from audit.results import AuditResults, headline_mode
 from cohort.leakage import EVIDENCE, NOTES
 from cohort.phantom import PHANTOM_NOTE

@@ -150,11 +150,11 @@ def run_fold(fold: Fold, flags: list[str], settings: TrainConfig) -> None:
             train += ["--resume", str(fold.run)]
         else:
             write_json(fold.run / "split.json", fold.split)
-            train += ["--data-dir", settings.cases.data_dir, "--split", str(fold.run / "split.json")]
+            train += ["--data-dir", settings.source.data_dir, "--split", str(fold.run / "split.json")]
             train += ["--run", fold.run.name]
         commands.append(train)
     if not fold.is_audited():
-        audit = ["final_evaluation_v2.py", "--run", str(fold.run), "--cache-dir", settings.cases.cache_dir]
+        audit = ["final_evaluation_v2.py", "--run", str(fold.run), "--cache-dir", settings.source.cache_dir]
         audit += ["--device", settings.device, "--amp" if settings.amp else "--no-amp"]
         commands.append(audit)
     for command in commands:
@@ -204,7 +204,7 @@ def main(config: CrossValidationConfig) -> None:
     if Path(config.name).name != config.name:
         raise InputError(f"--name {config.name!r}", "a plain name is needed, without a folder")
     flags, settings = parse_training(config)
-    cases = with_reference(find_cases(settings.cases, settings.cases.modalities), config.data_dir)
+    cases = with_reference(find_cases(settings.source, settings.source.modalities), config.data_dir)
     splits = split_folds(cases, config.folds, config.validation_share, config.seed)
     name = f"cross_validation_{config.name}"
     folds = [Fold(Path("results") / f"{name}_{index}", split) for index, split in enumerate(splits)]

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from audit.masks import threshold_regions
+from audit.postprocess import threshold_regions
 from benchmarks.common import print_table, time_pairs, write_result
 from cohort.layouts import CaseSource, find_cases
 from cohort.phantom import make_phantom, write_cohort

@@ -67,7 +67,7 @@ def _number(kind: type, allowed: Range) -> Any:
 
 
 Count = _number(int, Range(1))  # 1, 2, ...
-CountOrNone = _number(int, Range(0))  # 0, 1, ...: a number that may be none at all
+CountOrZero = _number(int, Range(0))  # 0, 1, 2, ...
 Seed = _number(int, Range(0, 2**31 - 1))
 Positive = _number(float, Range(0, above=True))
 NotNegative = _number(float, Range(0))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from audit.figures import CAPTIONS, draw_figures, rank_cases
-from audit.masks import threshold_regions
 from audit.measure import count_overlap_per_slice, measure_case, summarise_all
 from audit.overlays import REFERENCE_COLOUR, grey_window, plot_batch, take_picture
+from audit.postprocess import threshold_regions
 from audit.report import list_warnings, tabulate_gains, tabulate_scores, write_report
 from audit.results import AuditResults
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration

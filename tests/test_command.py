@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from runtime.command import (
     Count,
-    CountOrNone,
+    CountOrZero,
     Decay,
     Distinct,
     NotNegative,
@@ -71,7 +71,7 @@ class Settings:
     """step size"""
     offset: int = 0
     """any number"""
-    workers: CountOrNone = 2
+    workers: CountOrZero = 2
     """processes"""
     ema: Decay = 0.0
     """decay of the average"""

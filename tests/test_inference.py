@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from audit.masks import threshold_regions
+from audit.postprocess import threshold_regions
 from cohort.layouts import CaseSource, find_cases
 from cohort.preprocess import Frame
 from cohort.split import split_cases

@@ -122,7 +122,7 @@ def test_a_checkpoint_that_says_nothing_of_itself_is_refused(input_error: Callab
 def test_averaged_weights_start_there_too() -> None:
     initial = initial_of()
     config = TrainConfig(
-        cases=TrainingSource(modalities=("flair", "t1ce"), regions=("WT", "TC")),
+        source=TrainingSource(modalities=("flair", "t1ce"), regions=("WT", "TC")),
         widths=(4, 8),
         size=16,
         ema=0.9,
@@ -145,14 +145,14 @@ def test_the_network_of_the_weights_is_the_default() -> None:
     initial_of(Path("w.pt"), use_attention=False)
     settings = choose("--data-dir d --init w.pt --regions WT")
     source = TrainingSource("d", modalities=("flair", "t1ce"), regions=("WT",))
-    expected = TrainConfig(init="w.pt", cases=source, widths=(4, 8), size=16, use_attention=False)
+    expected = TrainConfig(init="w.pt", source=source, widths=(4, 8), size=16, use_attention=False)
     assert settings == expected
 
 
 @pytest.fixture
 def finished() -> TrainConfig:
     """The settings of a run in results/old that has finished its 7 epochs."""
-    settings = TrainConfig(run="old", cases=TrainingSource("d"), epochs=7, learning_rate=1e-3)
+    settings = TrainConfig(run="old", source=TrainingSource("d"), epochs=7, learning_rate=1e-3)
     content = {"model": {}, "config": to_plain(settings), "epoch": 7, "best_epoch": 6}
     save_checkpoint(Path("results/old/last.pt"), content)
     return settings

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from audit.masks import (
+from audit.postprocess import (
     candidate_settings,
     choose_postprocessing,
     clean_region,

@@ -29,7 +29,7 @@ def saved() -> TrainConfig:
     """The settings of a run in results/old, written flat, with a setting that is gone since."""
     settings = TrainConfig(
         run="old",
-        cases=TrainingSource("data/somewhere", slice_channel=2),
+        source=TrainingSource("data/somewhere", slice_channel=2),
         widths=(4, 8),
         size=48,
         epochs=7,
@@ -49,7 +49,7 @@ def test_without_data_the_demo_sets_what_was_not_typed() -> None:
 
 
 def test_with_data_nothing_is_the_demos() -> None:
-    assert choose("--data-dir x") == TrainConfig(cases=TrainingSource("x"))
+    assert choose("--data-dir x") == TrainConfig(source=TrainingSource("x"))
     Path("data/BraTS2021").mkdir(parents=True)
     assert choose("") == TrainConfig()
 
@@ -103,7 +103,7 @@ def test_resume_and_config_exclude_each_other(input_error: Callable) -> None:
 
 @pytest.mark.usefixtures("saved")
 def test_a_run_gets_a_name_and_takes_none_that_is_in_use(input_error: Callable) -> None:
-    placed = place_run(TrainConfig(cases=TrainingSource("data/somewhere")))
+    placed = place_run(TrainConfig(source=TrainingSource("data/somewhere")))
     assert placed.run.startswith("somewhere_2")
     assert place_run(dataclasses.replace(placed, run="new")).run == "new"
     with input_error("--run old", "--resume"):
