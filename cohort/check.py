@@ -14,17 +14,9 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
 
-from cohort.cases import (
-    AFFINE_TOLERANCE_MM,
-    MODALITIES,
-    Case,
-    describe_affine,
-    find_copy,
-    find_geometry_conflicts,
-    read_labels,
-    read_modality,
-)
+from cohort.cases import MODALITIES, Case, find_copy, read_labels, read_modality
 from cohort.layouts import CaseSource, missing_modality, scan_cases
+from cohort.nifti import AFFINE_TOLERANCE_MM, describe_affine, find_geometry_conflicts
 from cohort.patients import describe_likely_visits
 from cohort.preprocess import fill_air, find_doubts
 from cohort.resolvers import find_gap

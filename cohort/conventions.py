@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cohort.cases import Case, read_nifti_volume
+from cohort.cases import Case
 from cohort.labels import round_labels, values_of
+from cohort.nifti import read_nifti_volume
 from cohort.resolvers import LAYOUTS
 from runtime.errors import InputError
 

@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from cohort.cases import MODALITIES, RGB_CHANNELS, Case, is_colour
+from cohort.cases import MODALITIES, Case
 from cohort.conventions import settle_conventions
 from cohort.patients import find_sheets, map_patients, patient_of
+from cohort.pictures import RGB_CHANNELS, is_colour
 from cohort.resolvers import LAYOUTS, NEW_IDS, choose_mask, find_gap, is_nifti, modality_named, stem_of
 from runtime.command import Range, from_plain
 from runtime.errors import InputError

@@ -23,7 +23,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 
-from cohort.cases import MODALITIES, Case, read_nifti_header
+from cohort.cases import MODALITIES, Case
+from cohort.nifti import read_nifti_header
 from runtime.errors import InputError
 from runtime.files import write_atomically
 from runtime.log import log, progress

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from cohort.cases import AFFINE_TOLERANCE_MM, Case, read_labels
+from cohort.cases import Case, read_labels
 from cohort.labels import LABEL_CONVENTIONS, regions_from_labels
+from cohort.nifti import AFFINE_TOLERANCE_MM
 from runtime.errors import InputError
 from runtime.processes import map_in_processes
 

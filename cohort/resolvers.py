@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cohort.cases import MODALITIES, is_stack
+from cohort.cases import MODALITIES
 from cohort.labels import convention_of_names
+from cohort.pictures import is_stack
 from runtime.errors import InputError
 
 MSD_ORDER = ("flair", "t1", "t1ce", "t2")  # dataset.json of Task01: FLAIR, T1w, t1gd, T2w

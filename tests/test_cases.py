@@ -18,17 +18,11 @@ from PIL import Image
 
 from audit.measure import measure_case
 from cohort.cache import prepare_cases
-from cohort.cases import (
-    Case,
-    find_geometry_conflicts,
-    load_case,
-    measure_spacing,
-    save_labels,
-    with_reference,
-)
+from cohort.cases import Case, load_case, save_labels, with_reference
 from cohort.check import check_case, check_cohort
 from cohort.labels import labels_from_regions, regions_from_labels
 from cohort.layouts import CaseSource, cases_of_files, find_cases
+from cohort.nifti import find_geometry_conflicts, measure_spacing
 from cohort.patients import patient_of
 from cohort.phantom import is_phantom
 

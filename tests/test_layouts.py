@@ -16,9 +16,10 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
 
 from cohort.cache import prepare_cases
-from cohort.cases import MODALITIES, load_case, save_labels, unwrap_int16
+from cohort.cases import MODALITIES, load_case, save_labels
 from cohort.labels import LABEL_CONVENTIONS, labels_from_regions, regions_from_labels
 from cohort.layouts import LAYOUTS, CaseSource, cases_of_files, find_cases, find_cases_of_run, log_cases
+from cohort.nifti import unwrap_int16
 from cohort.preprocess import normalise_volume
 from runtime.errors import InputError
 
