@@ -369,17 +369,14 @@ def as_trained_model(run: Run, state: TrainState) -> inference.TrainedModel:
 def finish_epoch(
     run: Run, state: TrainState, clock: Clock, figures: dict[str, float], dice: np.ndarray
 ) -> None:
-    """Log an epoch, keep its weights where they are better, drop the learning rate where it is time."""
-    config, optimizer = run.config, state.optimizer
+    """Log an epoch, keep its weights, as the best where they are, and set the next learning rate."""
+    config = run.config
     at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))].mean(0)  # (R,)
-    mean, rate = float(at_half.mean()), optimizer.param_groups[0]["lr"]
-    is_better = mean > state.best_dice
+    rate = state.optimizer.param_groups[0]["lr"]  # of the epoch that ends
+    is_better = float(at_half.mean()) > state.best_dice
     if is_better:
-        state.best_dice, state.best_epoch = mean, state.epoch
-    state.scheduler.step(mean)
-    done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
-    if max(clock.fraction_used(), done) >= config.drop_by:
-        optimizer.param_groups[0]["lr"] = min(optimizer.param_groups[0]["lr"], config.min_learning_rate)
+        state.best_dice, state.best_epoch = float(at_half.mean()), state.epoch
+    drop_rate_where_due(config, state, clock, float(at_half.mean()))
     peak_gb = machine.peak_memory_gb(run.device)
     if ranks.is_main():
         row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
@@ -401,6 +398,15 @@ def finish_epoch(
         f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
         f"peak {peak_gb:.2f} GiB"
     )
+
+
+def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, validation_dice: float) -> None:
+    """Drop the learning rate where validation Dice stands still, or where it is time in any case."""
+    state.scheduler.step(validation_dice)
+    done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
+    if max(clock.fraction_used(), done) >= config.drop_by:
+        for group in state.optimizer.param_groups:
+            group["lr"] = min(group["lr"], config.min_learning_rate)
 
 
 def write_log(run: Run, row: dict[str, Any]) -> None:
