@@ -97,6 +97,8 @@ def write_onnx(
         verbose=False,
     )
     model = exported.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # the exporter's stack traces, which name folders of this machine
     for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     properties = {name: json.dumps(value) for name, value in metadata.items()}

@@ -13,7 +13,7 @@ from utils_v2 import bounding_box
 GRID = 24  # cells of a thumbnail along each axis
 HIGH_PASS_CELLS = 2.0  # SD of what is taken out: the shape all heads share
 MASK_VOXELS = 100  # smaller masks can agree by chance
-FINGERPRINT_VERSION = 1  # raise when fingerprints change: stored ones are then made anew
+FINGERPRINT_VERSION = 1  # raise when fingerprints change: stored ones are then made again
 LONGEST_AXIS = 128  # volumes are thinned to it: a cell of the thumbnail still averages over many voxels
 HEAD_EDGE = 0.1  # the head begins where a plane holds this share of the fullest plane's voxels
 

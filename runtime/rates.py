@@ -15,7 +15,7 @@ RATES = ("learning_rate", "min_learning_rate")
 def settle_rates(
     folder: Path, parse: Callable[..., Settings], defaults: Settings, checkpoint: Mapping[str, Any]
 ) -> Settings:
-    """Return the settings of a run to go on with; where rates are set anew, `rate_since` says from when.
+    """Return the settings of a run to go on with; where rates are set again, `rate_since` says from when.
 
     `defaults` are the run's own settings, `checkpoint` its last.pt. A typed --learning-rate counts as new
     even where it is the old one, as the rate has dropped since. InputError where a rate is changed and

@@ -125,7 +125,7 @@ class TrainState:
             setattr(self, name, checkpoint[name])
 
     def restart_rate(self, learning_rate: float, min_learning_rate: float) -> None:
-        """Set the learning rate anew, without warm-up, and let its patience and lowest value begin again."""
+        """Set the learning rate, without warm-up, and let its patience and lowest value begin again."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scheduler.min_lrs = [min_learning_rate] * len(self.optimizer.param_groups)

@@ -84,6 +84,10 @@ def test_onnx_knows_what_the_checkpoint_knew_and_no_patient(checkpoint, onnx_fil
     assert b"patient-7" not in content
 
 
+def test_onnx_names_no_folder_of_the_machine_that_wrote_it(onnx_file):
+    assert str(Path(export_v2.__file__).parent).encode() not in onnx_file.read_bytes()
+
+
 def test_onnx_states_its_opset_and_its_free_batch_size(onnx_file):
     onnx = pytest.importorskip("onnx")
     model = onnx.load(onnx_file)
