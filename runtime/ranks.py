@@ -266,26 +266,34 @@ def end_together(main: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def leave_ranks() -> None:
-    """Wait for all ranks, then leave the group; nothing to do without torchrun.
-
-    The threads of the group must end here: one that still frees a tensor while the interpreter exits aborts
-    the process. They end with the last reference to the group, which a reference cycle may hold.
-    """
+    """Wait for all ranks, then leave the group; nothing to do without torchrun."""
     global _store
     if not dist.is_initialized():
         return
     wait_for_all()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _leave_group()
+    _store = None
+
+
+def _leave_group() -> None:
+    """End the group's threads: one that still frees a tensor while the interpreter exits aborts the process.
+
+    They end with the last reference to the group, which a reference cycle may hold.
+    """
     gc.collect()
     dist.destroy_process_group()
-    _store = None
 
 
 def _end_rank(error: BaseException) -> NoReturn:
     """Raise the error of the first rank that fails; end the others without a word."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # this rank ends already
-    if not _is_first_to_end():
+    is_first = _is_first_to_end()
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # another rank may be gone
+            _leave_group()
+    if not is_first:
         sys.exit(2 if isinstance(error, InputError) else 1)
     if not is_main():
         print(file=sys.stderr)  # the main rank's progress bar may stand on the line
