@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -63,6 +63,8 @@ class TrainConfig:
     """config.json of another run, whose settings are the defaults of this one"""
     init: str | None = None
     """checkpoint whose weights the run starts from; its network and regions are the defaults"""
+    preset: Literal["published", "strong"] = "published"
+    """defaults of the settings: the published method, or what measured best on other scanners"""
     seed: Seed = 0
     """seed of weights, split, draws and augmentation"""
 
@@ -78,6 +80,8 @@ class TrainConfig:
     """filters per level, the last is the bottleneck"""
     use_se: bool = True
     """squeeze-and-excitation in every residual block"""
+    se_form: model.SqueezeForm = "slab"
+    """over what it averages: the whole slab, as published, or the head alone"""
     use_attention: bool = True
     """attention gates on the skips"""
     dilated: bool = True
@@ -112,6 +116,8 @@ class TrainConfig:
     """epochs in a row without a rise of validation Dice above 0.001; the next divides the rate by 10"""
     drop_by: Positive = 0.75
     """share of the epochs or minutes after which the rate is --min-learning-rate; above 1 never"""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """cosine: the rate falls to --min-learning-rate along a cosine of that share, whatever validation says"""
     weight_decay: NotNegative = 1e-2
     """AdamW weight decay"""
     clip_norm: Positive = 5.0
@@ -128,6 +134,8 @@ class TrainConfig:
     """share of draws that show tumour"""
     empty_share: Share = 0.02
     """share of draws that show no brain"""
+    strip: Share = 0.0
+    """share of draws whose head loses scalp and skull to a random depth, as skull stripping removes them"""
 
     # the machine
     device: machine.DeviceName = "auto"
@@ -157,6 +165,19 @@ DEMO = TrainConfig(
     warmup_steps=50,
     ema=0.98,
 )
+# What --preset sets where the command line says nothing else; benchmarks/README.md has the measurements.
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "strong": {
+        "use_se": False,
+        "strip": 0.4,
+        "schedule": "cosine",
+        "drop_by": 1.0,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-5,
+        "ema": 0.995,
+    },
+}
 # What a resumed run may change: how long it goes on and where. --epochs and --max-minutes also move the drop
 # of the learning rate (--drop-by); one that has happened stays.
 RESUMABLE = ("epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "compile")
@@ -170,17 +191,19 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         raise InputError("--config", "a resumed run has its own settings", "leave --config or --resume out")
     if typed.resume:
         return settings_of_resumed(Path(typed.resume), parse)
+    if typed.config and typed.preset != "published":
+        raise InputError(f"--preset {typed.preset}", "--config has all settings", "leave one of them out")
     if typed.config:
         settings = command.from_plain(
             TrainConfig, files.read_json(Path(typed.config), "--config", "a run's config.json")
         )
         return parse(dataclasses.replace(settings, run=None, resume=None, rate_since=0))
     is_demo = typed.source.data_dir is None and not phantom.DEFAULT_DATA.is_dir()
+    defaults = dataclasses.replace(DEMO if is_demo else TrainConfig(), **PRESETS[typed.preset])
     if typed.init:
         own = initial.network_settings(initial.read_initial(typed.init))
-        base = command.to_plain(DEMO if is_demo else TrainConfig())
-        return parse(command.from_plain(TrainConfig, base | own))
-    return parse(DEMO) if is_demo else typed
+        return parse(command.from_plain(TrainConfig, command.to_plain(defaults) | own))
+    return parse(defaults)
 
 
 def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
@@ -402,9 +425,16 @@ def finish_epoch(
 
 def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, validation_dice: float) -> None:
     """Drop the learning rate where validation Dice stands still, or where it is time in any case."""
-    state.scheduler.step(validation_dice)
     done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
-    if max(clock.fraction_used(), done) >= config.drop_by:
+    done = max(clock.fraction_used(), done)
+    if config.schedule == "cosine":
+        share = min(done / config.drop_by, 1.0)
+        above = (config.learning_rate - config.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
+        for group in state.optimizer.param_groups:
+            group["lr"] = config.min_learning_rate + above
+        return
+    state.scheduler.step(validation_dice)
+    if done >= config.drop_by:
         for group in state.optimizer.param_groups:
             group["lr"] = min(group["lr"], config.min_learning_rate)
 
@@ -542,7 +572,7 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
         )
     weights = dataset.balance_slices(table, config.tumour_share, config.empty_share)
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
-    slabs = dataset.SlabDataset(cases, table, config.context, config.size)
+    slabs = dataset.SlabDataset(cases, table, config.context, config.size, strip=config.strip)
     return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
 
 
