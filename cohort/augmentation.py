@@ -235,7 +235,9 @@ def depth_in_head(image: np.ndarray) -> np.ndarray:
     head = (brightness > low + HEAD_STEP * (high - low)).astype(np.uint8)
     outlines, _ = cv2.findContours(head, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(head, outlines, -1, 1, cv2.FILLED)
-    return cv2.distanceTransform(np.pad(head, 1), cv2.DIST_L2, 3)[1:-1, 1:-1]  # beyond the slice is air
+    return cv2.distanceTransform(np.pad(head, 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[
+        1:-1, 1:-1
+    ]  # beyond the slice is air
 
 
 def strip_channel(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
