@@ -178,7 +178,11 @@ def load_models(paths: Sequence[str | Path], device: torch.device, amp: bool = T
     `load_model` does, and where networks cannot be averaged.
     """
     files = list_checkpoints(paths)
-    models = [load_model(path, device, amp) for path in files]
+    return join_models(files, [load_model(path, device, amp) for path in files])
+
+
+def join_models(files: Sequence[Path], models: Sequence[TrainedModel]) -> TrainedModel:
+    """Return several networks as one, a single one as it is; InputError where they cannot be averaged."""
     if len(models) == 1:
         return models[0]
     checkpoints = [model.checkpoint for model in models]

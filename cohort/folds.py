@@ -6,7 +6,7 @@ tests on, drawn once. Its folders fold_0, fold_1 and so on are runs like any oth
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,6 +93,16 @@ def draw_fold(run: Path, cases: Sequence[Case], folds: int, fold: int, seed: int
     if split["sha256"] != split_sha256(split):
         raise InputError(path, "the case ids do not match their SHA-256", "the file was altered")
     return split
+
+
+def check_splits(run: Path, splits: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError where the folds were not trained with the splits that were drawn for them."""
+    drawn = read_json(run / "folds.json", "--run", "a run of folds")["folds"]
+    for fold, (split, own) in enumerate(zip(splits, drawn, strict=True)):
+        if split["sha256"] != own["sha256"]:
+            raise InputError(
+                run / f"fold_{fold}", "has another split than folds.json gives it", "train that fold again"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------
