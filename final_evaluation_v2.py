@@ -59,14 +59,7 @@ from cohort.leakage import (
     unpack_identities,
 )
 from cohort.split import cases_of_split, read_split
-from inference_v2 import (
-    VIEWS,
-    TrainedModel,
-    choose_threads,
-    join_models,
-    load_model,
-    predict_views_and_spread,
-)
+from inference_v2 import VIEWS, TrainedModel, choose_threads, join_models, load_model, predict_views
 from runtime.checkpoints import newest_run
 from runtime.command import Count, Seed, command_line, run_command
 from runtime.errors import InputError
@@ -461,9 +454,9 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
     masks: dict[str, np.ndarray] = {}
     started = time.perf_counter()
     volume = case.volume
-    views, spread = predict_views_and_spread(
-        model, volume, case.brain_voxels, tuple(VIEWS), batch_size, case.frame
-    )
+    is_ensemble = "members" in model.checkpoint
+    spread = np.zeros(case.reference.shape, np.float32) if is_ensemble else None
+    views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size, case.frame, spread)
     seconds = time.perf_counter() - started
     reference = case.reference
     brain = case.brain if cohort == "validation" else None

@@ -140,6 +140,11 @@ class TrainedModel:
     dtype: torch.dtype | None  # of autocast; None is float32
     checkpoint: dict[str, Any]  # as read, weights included
 
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether the network is several, whose mean probability counts."""
+        return "members" in self.checkpoint
+
     def place(self, shape: Sequence[int], frame: Frame) -> Placement:
         """Return how slices of (H, W) of a case lie in the network's input."""
         return place_case(shape, self.size, frame, self.checkpoint.get("spacing_mm"))
@@ -292,6 +297,7 @@ def predict_with_spread(
     return mean, spread
 
 
+@torch.inference_mode()
 def predict_views(
     model: TrainedModel,
     volume: np.ndarray,
@@ -299,35 +305,22 @@ def predict_views(
     views: Sequence[str] = tuple(VIEWS),
     batch_size: int = 16,
     frame: Frame = UNKNOWN_FRAME,
+    spread: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the probabilities of each view (V, R, D, H, W) float32; see `predict_volume`.
 
-    Every view is flipped back, so views are comparable voxel by voxel.
+    Every view is flipped back, so views are comparable voxel by voxel. `spread` (R, D, H, W), where given, is
+    filled with the deviation of `predict_with_spread`.
     """
-    return predict_views_and_spread(model, volume, brain_voxels, views, batch_size, frame)[0]
-
-
-@torch.inference_mode()
-def predict_views_and_spread(
-    model: TrainedModel,
-    volume: np.ndarray,
-    brain_voxels: Sequence[int] | None = None,
-    views: Sequence[str] = tuple(VIEWS),
-    batch_size: int = 16,
-    frame: Frame = UNKNOWN_FRAME,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return `predict_views`, and of an ensemble the deviation (R, D, H, W) of `predict_with_spread`."""
     placement = model.place(volume.shape[2:], frame)
-    shape = (len(model.regions), *volume.shape[1:])
-    probabilities = np.zeros((len(views), *shape), np.float32)
-    spread = np.zeros(shape, np.float32) if "members" in model.checkpoint else None
+    probabilities = np.zeros((len(views), len(model.regions), *volume.shape[1:]), np.float32)
     for slices, members in _predict_members(model, volume, brain_voxels, views, batch_size, placement):
         for view, of_view in zip(probabilities, _mean_of(members).cpu().numpy(), strict=True):
             view[:, slices] = unfit_slices(of_view, placement).transpose(1, 0, 2, 3)
         if spread is not None:
             values = _spread_of(members).cpu().numpy()
             spread[:, slices] = unfit_slices(values, placement).transpose(1, 0, 2, 3)
-    return probabilities, spread
+    return probabilities
 
 
 def _mean_of(members: Tensor) -> Tensor:
@@ -391,7 +384,7 @@ def choose_inputs(
     """
     if not config.input:
         settings = model.checkpoint["config"]
-        if "members" in model.checkpoint and "split_sha256" not in model.checkpoint:
+        if model.is_ensemble and "split_sha256" not in model.checkpoint:
             raise InputError(
                 checkpoint, "its networks have no test cases in common", "name some cases by --input"
             )
@@ -448,7 +441,7 @@ def choose_output(config: InferenceConfig, model: TrainedModel) -> Output:
 
 def has_spread(config: InferenceConfig, model: TrainedModel) -> bool:
     """Return whether there is more than one probability per voxel: of several networks, or of TTA's views."""
-    return config.tta or "members" in model.checkpoint
+    return config.tta or model.is_ensemble
 
 
 def predict_case(config: InferenceConfig, model: TrainedModel, read: ReadCase) -> Prediction:
@@ -502,7 +495,7 @@ def main(config: InferenceConfig) -> None:
     Ranks share the cases; each writes the masks and overlays of its own, the main one the table of all.
     """
     join_ranks()
-    files = from_main(list_checkpoints(config.checkpoint or [newest_run(Path("results"))]))
+    files = from_main(list_checkpoints(config.checkpoint or newest_run(Path("results"))))
     model = load_models(files, local_device(choose_device(config.device)), config.amp)
     failed: list[Row] = []
     cases = from_main(choose_inputs(config, model, files[0], failed) if is_main() else None)

@@ -93,7 +93,7 @@ def list_seen(run: Path) -> dict[str, set[str]]:
     Those that a run of folds audited as internal are not among them: that fold had not seen them.
     """
     seen: dict[str, set[str]] = {"case": set(), "patient": set()}
-    for path in list_checkpoints([run]):
+    for path in list_checkpoints(run):
         for case, patient, *_ in load_checkpoint(path)["seen"]:
             seen["case"].add(str(case))
             seen["patient"].add(str(patient))

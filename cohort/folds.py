@@ -63,10 +63,10 @@ def list_finished(run: Path) -> list[Path]:
     return folders
 
 
-def list_checkpoints(paths: Sequence[str | Path]) -> list[Path]:
+def list_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return checkpoint files, and of a run folder its best.pt, of a run of folds that of each fold."""
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if is_run_of_folds(path):
             files += [folder / "best.pt" for folder in list_finished(path)]
         else:
