@@ -2,6 +2,7 @@
 
     python train_drunet_v2.py                                data/BraTS2021; without it the demo on phantoms
     python train_drunet_v2.py --data-dir data/cohort         your own cases
+    python train_drunet_v2.py --data-dir data/cohort --folds 5    cross-validation, see README
     python train_drunet_v2.py --resume results/RUN           go on where a run stopped
     python train_drunet_v2.py --config results/RUN/config.json    a new run with the settings of another
     python train_drunet_v2.py --init results/RUN/best.pt ...      a new run from the weights of another
@@ -32,13 +33,13 @@ import dataset_balance_v2 as dataset
 import inference_v2 as inference
 import model_drunet_v2 as model
 from audit import overlays, plots, postprocess
-from cohort import cache, initial, phantom, selection
+from cohort import cache, folds, initial, phantom, selection
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
 from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks, rates
 from runtime.command import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share
 from runtime.errors import InputError
-from runtime.log import log, log_to_file, progress
+from runtime.log import log, log_to_file, progress, start_log
 from runtime.state import Clock, Recipe, TrainState, start_state
 from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
 
@@ -197,6 +198,7 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         settings = command.from_plain(
             TrainConfig, files.read_json(Path(typed.config), "--config", "a run's config.json")
         )
+        settings = folds.leave_run(settings)
         return parse(dataclasses.replace(settings, run=None, resume=None, rate_since=0))
     is_demo = typed.source.data_dir is None and not phantom.DEFAULT_DATA.is_dir()
     defaults = dataclasses.replace(DEMO if is_demo else TrainConfig(), **PRESETS[typed.preset])
@@ -208,6 +210,8 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
 
 def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
     """Return the settings of a run to go on with; InputError where the command line contradicts them."""
+    if folds.is_run_of_folds(folder):
+        return settings_of_folds(folder, parse)
     checkpoint = checkpoints.load_checkpoint(folder / "last.pt")
     saved = command.from_plain(TrainConfig, checkpoint["config"])
     defaults = dataclasses.replace(
@@ -222,13 +226,28 @@ def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> Trai
     before = command.to_plain(defaults) | {
         name: getattr(settings, name) for name in (*rates.RATES, "rate_since")
     }
+    refuse_changes(folder, settings, before, (*RESUMABLE, "resume"))
+    return settings
+
+
+def settings_of_folds(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
+    """Return the settings of a run of folds to go on with; --max-minutes stays that of each fold."""
+    saved = command.from_plain(TrainConfig, files.read_json(folder / "config.json", "--resume", "a run"))
+    place = {"results_dir": str(folder.parent), "run": folder.name, "config": None}
+    defaults = dataclasses.replace(saved, resume=str(folder), **place)
+    settings = parse(defaults)
+    refuse_changes(folder, settings, command.to_plain(defaults), (*RESUMABLE, "resume", "fold"))
+    return settings
+
+
+def refuse_changes(folder: Path, settings: TrainConfig, before: dict[str, Any], free: Sequence[str]) -> None:
+    """Raise InputError where settings that are not free are others than those of the run resumed."""
     for name, value in command.to_plain(settings).items():
-        if value != before[name] and name not in (*RESUMABLE, "resume"):
+        if value != before[name] and name not in free:
             flag = command.flag_of(name)
             raise InputError(
                 f"{flag} {value}", f"{folder} was trained with {before[name]}", "leave the flag out"
             )
-    return settings
 
 
 def share_batch(config: TrainConfig, before: int, now: int) -> TrainConfig:
@@ -265,7 +284,7 @@ class Run:
     def title(self) -> str:
         """The run's name and what its numbers are of."""
         is_real = self.facts["data_kind"] == "real"
-        return f"{self.folder.name}: {'real data' if is_real else phantom.PHANTOM_NOTE}"
+        return f"{folds.name_run(self.folder)}: {'real data' if is_real else phantom.PHANTOM_NOTE}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -623,9 +642,21 @@ def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader:
 
 
 def main(config: TrainConfig) -> None:
+    """Train a run, or the folds of one after another."""
+    ranks.join_ranks()
+    plan = folds.plan_runs(config, place_run, share_batch) if ranks.is_main() else None
+    whole, runs = ranks.from_main(plan)
+    for settings in runs:
+        start_log()  # each fold has a train.log of its own
+        train_run(settings)
+    if whole and ranks.is_main():
+        start_log()
+        folds.log_next(whole)
+
+
+def train_run(config: TrainConfig) -> None:
     """Train, validating each epoch, until the epochs, the clock or the patience runs out."""
     clock = Clock(config.max_minutes)
-    ranks.join_ranks()
     config = ranks.from_main(place_run(config) if ranks.is_main() else config)
     last = Path(config.results_dir) / config.run / "last.pt"
     checkpoint = checkpoints.load_checkpoint(last) if config.resume else None
