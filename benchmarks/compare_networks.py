@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 
 from audit.statistics import compare_paired, summarise
 from benchmarks.common import RESULTS, print_table
-from benchmarks.cross_validation import split_folds
 from benchmarks.networks import ENTRIES, Entry
 from cohort.augmentation import build_augmentation
 from cohort.cache import PreparedCase, prepare_cases
@@ -38,7 +37,7 @@ from cohort.cases import Modalities, with_reference
 from cohort.labels import Regions
 from cohort.layouts import CaseSource, find_cases
 from cohort.leakage import find_held_out, identify_case
-from cohort.split import SPLIT_PARTS
+from cohort.split import SPLIT_PARTS, split_folds
 from dataset_balance_v2 import (
     BalancedSampler,
     SlabDataset,
