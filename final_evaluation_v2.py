@@ -33,12 +33,13 @@ from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
 from audit.score import ScoreSettings, score_predictions
 from audit.seen import attach_volumes, count_grades, identify_seen, search_leakage
+from audit.sources import add_origin, count_missing, first_present, summarise_by_source
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
 from cohort.cache import PreparedCase, prepare_cases, prepare_for_all_ranks
 from cohort.cases import Case, with_reference
 from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
-from cohort.layouts import CaseSource, find_cases, find_cases_of_run, log_cases
+from cohort.layouts import CaseSource, Folders, find_cases, find_cases_of_run, log_cases
 from cohort.leakage import (
     Pairs,
     identify_case,
@@ -47,6 +48,7 @@ from cohort.leakage import (
     select_proven,
     unpack_identities,
 )
+from cohort.several import list_folders, rename_patients, show_folders
 from cohort.split import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, choose_threads, load_model, predict_views
 from runtime.checkpoints import newest_run
@@ -90,8 +92,9 @@ class EvaluationConfig:
 
     run: str | None = None
     """run folder to audit; default: the newest in results/"""
-    data_dir: str | None = None
-    """folder with the run's cases, where it has moved since training; with --predictions that of the cases"""
+    data_dir: Folders = None
+    """folder with the run's cases, or its folders in the same order, where they have moved since training;
+    with --predictions that of the cases"""
     external: tyro.conf.OmitArgPrefixes[ExternalSource] = ExternalSource()
     compare: tuple[str, ...] = ()
     """two audited run folders to compare over their common test cases, and nothing else"""
@@ -178,7 +181,7 @@ def main(config: EvaluationConfig) -> None:
         audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
     if not is_main():
         return
-    rows = join_rows(audits)
+    rows = add_origin(join_rows(audits), cohorts)
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
     summary = {
         "data_kind": model.checkpoint["data_kind"],
@@ -188,6 +191,8 @@ def main(config: EvaluationConfig) -> None:
         "declared_different": list_pairs(different),
         "averaged_over": "Dice per case on the native grid, mean over cases; ci95 by bootstrap over patients",
         "cohorts": summarise_all(rows, model.regions, config.seed),
+        **summarise_by_source(rows, model.regions, config.seed),
+        **count_missing(cohorts),
         "calibration": summarise_bins(model, audits["validation"].bins),
         "postprocessing": model.checkpoint.get("postprocessing"),
         "threshold": dict(zip(model.regions, model.thresholds, strict=True)),
@@ -262,17 +267,20 @@ def choose_cohorts(
     """
     settings = model.checkpoint["config"]
     data_dir = config.data_dir or settings["data_dir"]
-    cases = with_reference(find_cases_of_run(settings, data_dir), data_dir)
+    place = show_folders(data_dir)
+    cases = with_reference(find_cases_of_run(settings, data_dir), place)
+    cases = rename_patients(cases, model.checkpoint.get("joined_patients", {}))
     cohorts: dict[str, list[Case]] = {
-        "validation": cases_of_split(cases, split, "validation", data_dir),
-        "internal": cases_of_split(cases, split, "test", data_dir),
+        "validation": cases_of_split(cases, split, "validation", place),
+        "internal": cases_of_split(cases, split, "test", place),
     }
     external_dir = config.external.data_dir
-    demo_external = Path(data_dir).with_name("phantom_external")
+    demo_external = Path(list_folders(data_dir)[0]).with_name("phantom_external")
     if external_dir is None and model.checkpoint["data_kind"] == "phantom" and demo_external.is_dir():
         external_dir = str(demo_external)
     if external_dir is not None:
-        external = find_cases(dataclasses.replace(config.external, data_dir=external_dir), model.modalities)
+        source = dataclasses.replace(config.external, data_dir=external_dir)
+        external = find_cases(source, model.modalities, model.is_partial)
         log_cases(external, "external: ")
         cohorts["external"] = with_reference(external, external_dir)
     counts = ", ".join(f"{len(members)} {cohort} cases" for cohort, members in cohorts.items())
@@ -385,7 +393,9 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
             rows.append(row | {"seconds_three_views": round(seconds, 3)})
     picture = None
     if cohort != "validation":
-        picture = take_picture(volume[0], reference[0], masks["tta"][0], case.spacing_mm)
+        picture = take_picture(
+            volume[first_present(case, model.modalities)], reference[0], masks["tta"][0], case.spacing_mm
+        )
     return CaseAudit(rows, counts, bins, picture)
 
 

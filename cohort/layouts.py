@@ -19,9 +19,18 @@ import tyro
 
 from cohort.cases import MODALITIES, Case
 from cohort.conventions import settle_conventions
-from cohort.patients import find_sheets, map_patients, patient_of
+from cohort.patients import find_sheets, is_sheet_about, map_patients, patient_of
 from cohort.pictures import RGB_CHANNELS, is_colour
 from cohort.resolvers import LAYOUTS, NEW_IDS, choose_mask, find_gap, is_nifti, modality_named, stem_of
+from cohort.several import (
+    DataDir,
+    check_folders,
+    list_cohorts,
+    list_folders,
+    make_ids_unique,
+    name_cohorts,
+    show_folders,
+)
 from runtime.command import Range, from_plain
 from runtime.errors import InputError
 from runtime.files import WRITTEN, is_written_by_us, protect_inputs
@@ -44,6 +53,8 @@ LayoutName = Literal[
     "msd",
     "slices",
 ]
+Folders = Annotated[str | tuple[str, ...] | None, tyro.conf.arg(metavar="DIR [DIR ...]")]
+Layouts = Annotated[LayoutName | tuple[LayoutName, ...], tyro.conf.arg(metavar="LAYOUT [LAYOUT ...]")]
 NO_PATIENT = (
     r"(?i)(?:.*(?:screen.?shot|preview|thumb|snapshot|overlay|montage).*|fig|figure|plot|curves?)[\W_\d]*"
 )
@@ -55,14 +66,20 @@ BY_ID = ("brats2024", "brats-met", "brats-ped", "upenn", "ucsf", "bids")  # ids 
 class CaseSource:
     """Where cases are and how they are read; commands have it among their settings."""
 
-    data_dir: str | None = None
-    """folder with the cases; default: data/BraTS2021, or the demo's phantoms without it"""
-    layout: LayoutName = "auto"
-    """how files are named and placed; auto detects it by what is there"""
+    data_dir: Folders = None
+    """folder with the cases, or several, one per cohort; default: data/BraTS2021, or the demo's phantoms
+    without it"""
+    layout: Layouts = "auto"
+    """how files are named and placed, for all folders or one per folder; auto detects it by what is there"""
     mapping: str | None = None
     """CSV sheet of ids, beside the mapping sheets found with the cases"""
     slice_channel: Channel = 1
     """channel of RGB slices that holds FLAIR: 0, 1 or 2"""
+
+    @property
+    def place(self) -> str:
+        """The folders as they were typed."""
+        return show_folders(self.data_dir)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -193,6 +210,46 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
     left out; without one it is raised.
     """
     assert source.data_dir is not None, "the data folder is chosen before cases are looked for"
+    folders = list_folders(source.data_dir)
+    if not folders:
+        raise InputError("--data-dir", "names no folder", "give the folder that holds the cases")
+    layouts = list_layouts(source.layout, folders)
+    check_folders(folders)
+    scanned = [
+        scan_folder(dataclasses.replace(source, data_dir=folder, layout=layout), errors)
+        for folder, layout in zip(folders, layouts, strict=True)
+    ]
+    given = Path(source.mapping) if source.mapping else None
+    if len(scanned) == 1:
+        return map_patients(*scanned[0], given)
+    sheets_of = [[given]] * len(scanned) if given else [[]] * len(scanned)
+    if given and not any(is_sheet_about(given, [case.case_id for case in cases]) for cases, _ in scanned):
+        raise InputError(f"--mapping {given}", "names none of the cases", "give their sheet")
+    cases = [
+        dataclasses.replace(case, cohort=name)
+        for name, (own, sheets), further in zip(name_cohorts(folders), scanned, sheets_of, strict=True)
+        for case in map_patients(own, [*sheets, *further])
+    ]
+    return make_ids_unique(cases) if cases else []
+
+
+def list_layouts(layout: str | Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Return the layout of each folder; InputError where there is neither one for all nor one for each."""
+    layouts = [layout] if isinstance(layout, str) else list(layout)
+    if len(layouts) not in (1, len(folders)):
+        raise InputError(
+            f"--layout {' '.join(layouts)}",
+            f"{len(layouts)} layouts for {len(folders)} folder(s) in --data-dir",
+            "give one for all, or one per folder in the same order",
+        )
+    return layouts * len(folders) if len(layouts) == 1 else layouts
+
+
+def scan_folder(source: CaseSource, errors: list[InputError] | None) -> tuple[list[Case], list[Path]]:
+    """Return every case below one folder, patients as their ids say, and the mapping sheets found with them.
+
+    See `scan_cases`.
+    """
     root = Path(source.data_dir)
     if not root.is_dir():
         raise InputError(root, "no such folder", "give the folder that holds the cases")
@@ -203,6 +260,7 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
         errors.append(error)
 
     found: list[Series] = []
+    known_errors = len(errors or ())  # of other folders
     visited, seen = [root.resolve().parent], []
     for folder, names in walk_folders(root, seen):
         visited += [folder] if any(name.lower().endswith(".csv") for name in names) else []
@@ -218,7 +276,7 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
             report(series.problem)
         else:
             cases.append(series.case)
-    if not cases and not errors:
+    if not cases and len(errors or ()) == known_errors:
         raise no_case(root, source.layout, seen)
     cases.sort(key=lambda case: case.case_id)
     for case, following in itertools.pairwise(cases):
@@ -229,7 +287,7 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
     protect_inputs(path for case in cases for path in case.files)
     unique = settle_conventions([case for case in cases if count[case.case_id] == 1])
     warn_of_gaps(unique)
-    return map_patients(unique, find_sheets(visited), Path(source.mapping) if source.mapping else None)
+    return unique, find_sheets(visited)
 
 
 def folder_of(case: Case) -> Path:
@@ -327,25 +385,33 @@ def no_case(root: Path, layout: str, seen: Sequence[str]) -> InputError:
     )
 
 
-def find_cases(source: CaseSource, modalities: Sequence[str] = ("flair",)) -> list[Case]:
+def find_cases(
+    source: CaseSource, modalities: Sequence[str] = ("flair",), partial: bool = False
+) -> list[Case]:
     """Return every case of a source, sorted by id, with its patient and its cohort's label convention.
 
-    Each case must have the modalities asked for. Raises InputError where the folder is missing or holds no
-    case, a case lacks a modality, or an id occurs twice.
+    Each case must have the modalities asked for, with `partial` one of them. Raises InputError where the
+    folder is missing or holds no case, a case lacks a modality, or an id occurs twice.
     """
     cases = scan_cases(source)
     for case in cases:
-        if missing := [name for name in modalities if name not in case.modalities]:
+        if missing := find_lacking(case, modalities, partial):
             raise missing_modality(case, missing[0])
     return cases
 
 
-def find_cases_of_run(settings: Mapping[str, Any], data_dir: str | Path) -> list[Case]:
-    """Return the cases below a folder as the run with these settings read them.
+def find_lacking(case: Case, modalities: Sequence[str], partial: bool) -> list[str]:
+    """Return the modalities for want of which a case cannot be used; with `partial` it needs one of them."""
+    missing = [name for name in modalities if name not in case.modalities]
+    return missing if not partial or len(missing) == len(modalities) else []
+
+
+def find_cases_of_run(settings: Mapping[str, Any], data_dir: DataDir) -> list[Case]:
+    """Return the cases below a run's folder, or its folders, as the run with these settings read them.
 
     Where it left bad cases out, those that cannot be told or lack a modality are left out again.
     """
-    source = dataclasses.replace(from_plain(CaseSource, settings), data_dir=str(data_dir))
+    source = dataclasses.replace(from_plain(CaseSource, settings), data_dir=list_folders(data_dir))
     needed = set(settings["modalities"])
     if settings.get("skip_bad"):
         return [case for case in scan_cases(source, errors=[]) if needed <= set(case.modalities)]
@@ -405,6 +471,13 @@ def cases_of_files(paths: Sequence[Path], modalities: Sequence[str]) -> list[Cas
         convention = LAYOUTS[layout].convention
         cases.append(Case(case_id, patient_of(case_id), "files", layout, convention, own, ()))
     return cases
+
+
+def log_cohorts(cases: Sequence[Case]) -> None:
+    """Log the lines of `log_cases`, per cohort where there are several."""
+    names = list_cohorts(cases)
+    for name in sorted(names):
+        log_cases([case for case in cases if case.cohort == name], f"{name}: " if len(names) > 1 else "")
 
 
 def log_cases(cases: Sequence[Case], whose: str = "") -> None:
