@@ -355,7 +355,7 @@ def build_entry(
     notes = {
         "spacing_known": case.layout != "slices",
         "warnings": [*loaded.warnings, *doubts, *warn_of_missing(lacking)],
-        "missing": lacking,
+        **({"missing": lacking} if lacking else {}),
     }
     return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content, notes)
 
