@@ -393,9 +393,7 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
             rows.append(row | {"seconds_three_views": round(seconds, 3)})
     picture = None
     if cohort != "validation":
-        picture = take_picture(
-            volume[first_present(case, model.modalities)], reference[0], masks["tta"][0], case.spacing_mm
-        )
+        picture = take_picture(first_present(case, volume), reference[0], masks["tta"][0], case.spacing_mm)
     return CaseAudit(rows, counts, bins, picture)
 
 

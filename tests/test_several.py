@@ -192,6 +192,28 @@ def test_a_scan_that_is_in_two_cohorts_is_one_patient_in_one_part(cohorts, sourc
     assert again.cases == chosen.cases
 
 
+@pytest.mark.parametrize(
+    "text", ["scan,known as\nsub-001,BraTS2021_90000\n", "id,patient\nsub-001,7\nBraTS2021_90000,7\n"]
+)
+def test_a_sheet_joins_patients_of_two_cohorts(source, cohorts, tmp_path, text):
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_text(text)
+    source = dataclasses.replace(source, mapping=str(sheet))
+    joined = join_patients(source, find_cases(source), frozenset())
+    assert joined == {"sub-001": "BraTS2021_90000", "sub-004": cohorts[2]}
+
+
+def test_two_people_who_look_alike_stay_two_where_a_person_said_so(source, cohorts, monkeypatch):
+    cases = find_cases(source)
+    monkeypatch.setattr("cohort.leakage.verify_pair", lambda *_: 1.0)
+    monkeypatch.setattr("cohort.leakage.ALIKE", 0.0)
+    alike = join_patients(source, cases, frozenset())
+    assert len(alike) > 1
+    pairs = [frozenset((a.case_id, b.case_id)) for a in cases for b in cases if a.cohort < b.cohort]
+    # one file is never two people
+    assert join_patients(source, cases, frozenset(pairs)) == {"sub-004": cohorts[2]}
+
+
 def test_one_folder_is_split_and_drawn_as_before(phantom_cohort, tmp_path):
     one = TrainingSource(str(phantom_cohort), cache_dir=str(tmp_path / "cache"))
     chosen = select_cases(one, 5, tmp_path, resumed=False)
