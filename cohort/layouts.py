@@ -19,16 +19,16 @@ import tyro
 
 from cohort.cases import MODALITIES, Case
 from cohort.conventions import settle_conventions
-from cohort.patients import find_sheets, is_sheet_about, map_patients, patient_of
+from cohort.patients import find_sheets, map_patients, patient_of
 from cohort.pictures import RGB_CHANNELS, is_colour
 from cohort.resolvers import LAYOUTS, NEW_IDS, choose_mask, find_gap, is_nifti, modality_named, stem_of
 from cohort.several import (
     DataDir,
     check_folders,
+    join_cohorts,
     list_cohorts,
     list_folders,
-    make_ids_unique,
-    name_cohorts,
+    pair_layouts,
     show_folders,
 )
 from runtime.command import Range, from_plain
@@ -213,36 +213,13 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
     folders = list_folders(source.data_dir)
     if not folders:
         raise InputError("--data-dir", "names no folder", "give the folder that holds the cases")
-    layouts = list_layouts(source.layout, folders)
     check_folders(folders)
     scanned = [
         scan_folder(dataclasses.replace(source, data_dir=folder, layout=layout), errors)
-        for folder, layout in zip(folders, layouts, strict=True)
+        for folder, layout in zip(folders, pair_layouts(folders, source.layout), strict=True)
     ]
     given = Path(source.mapping) if source.mapping else None
-    if len(scanned) == 1:
-        return map_patients(*scanned[0], given)
-    sheets_of = [[given]] * len(scanned) if given else [[]] * len(scanned)
-    if given and not any(is_sheet_about(given, [case.case_id for case in cases]) for cases, _ in scanned):
-        raise InputError(f"--mapping {given}", "names none of the cases", "give their sheet")
-    cases = [
-        dataclasses.replace(case, cohort=name)
-        for name, (own, sheets), further in zip(name_cohorts(folders), scanned, sheets_of, strict=True)
-        for case in map_patients(own, [*sheets, *further])
-    ]
-    return make_ids_unique(cases) if cases else []
-
-
-def list_layouts(layout: str | Sequence[str], folders: Sequence[str]) -> list[str]:
-    """Return the layout of each folder; InputError where there is neither one for all nor one for each."""
-    layouts = [layout] if isinstance(layout, str) else list(layout)
-    if len(layouts) not in (1, len(folders)):
-        raise InputError(
-            f"--layout {' '.join(layouts)}",
-            f"{len(layouts)} layouts for {len(folders)} folder(s) in --data-dir",
-            "give one for all, or one per folder in the same order",
-        )
-    return layouts * len(folders) if len(layouts) == 1 else layouts
+    return map_patients(*scanned[0], given) if len(scanned) == 1 else join_cohorts(folders, scanned, given)
 
 
 def scan_folder(source: CaseSource, errors: list[InputError] | None) -> tuple[list[Case], list[Path]]:

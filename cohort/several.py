@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cohort.cases import Case
-from cohort.patients import names_one_patient
+from cohort.patients import is_sheet_about, map_patients, names_one_patient
 from cohort.split import SPLIT_PARTS, split_cases, split_sha256
 from runtime.errors import InputError
 from runtime.log import log
@@ -64,6 +64,23 @@ def name_cohorts(folders: Sequence[str]) -> list[str]:
     return [f"{name}_{index}" for index, name in enumerate(names)]
 
 
+def join_cohorts(
+    folders: Sequence[str], scanned: Sequence[tuple[list[Case], list[Path]]], given: Path | None
+) -> list[Case]:
+    """Return the cases of several folders, each given as (cases, mapping sheets), as those of cohorts.
+
+    `given` is the sheet of --mapping; InputError where it names a case of none of them.
+    """
+    if given and not any(is_sheet_about(given, [case.case_id for case in cases]) for cases, _ in scanned):
+        raise InputError(f"--mapping {given}", "names none of the cases", "give their sheet")
+    cases = [
+        dataclasses.replace(case, cohort=name)
+        for name, (own, sheets) in zip(name_cohorts(folders), scanned, strict=True)
+        for case in map_patients(own, [*sheets, *([given] if given else [])])
+    ]
+    return make_ids_unique(cases)
+
+
 def make_ids_unique(cases: Sequence[Case]) -> list[Case]:
     """Return the cases of several cohorts, sorted by ids of which no two are the same.
 
@@ -93,9 +110,8 @@ def make_ids_unique(cases: Sequence[Case]) -> list[Case]:
             len(shared),
             shared[0],
         )
-    case_id, count = Counter(case.case_id for case in unique).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"case {case_id}", "is there twice, in two cohorts", "rename one of their folders")
+    if twice := [case_id for case_id, count in Counter(case.case_id for case in unique).items() if count > 1]:
+        raise InputError(f"case {twice[0]}", "is there twice, in two cohorts", "rename one of their folders")
     return sorted(unique, key=lambda case: case.case_id)
 
 
@@ -135,6 +151,18 @@ def split_cohorts(cases: Sequence[Case], seed: int) -> dict[str, Any]:
     splits = [split_cases([case for case in cases if home[case.patient_id] == name], seed) for name in counts]
     parts = {part: sorted(case_id for split in splits for case_id in split[part]) for part in SPLIT_PARTS}
     return {**splits[0], **parts, "sha256": split_sha256(parts)}
+
+
+def pair_layouts(folders: Sequence[str], layout: str | Sequence[str]) -> list[str]:
+    """Return the layout of each folder; InputError where there is neither one for all nor one for each."""
+    layouts = [layout] if isinstance(layout, str) else list(layout)
+    if len(layouts) not in (1, len(folders)):
+        raise InputError(
+            f"--layout {' '.join(layouts)}",
+            f"{len(layouts)} layouts for {len(folders)} folder(s) in --data-dir",
+            "give one for all, or one per folder in the same order",
+        )
+    return layouts * len(folders) if len(layouts) == 1 else layouts
 
 
 def pair_weights(folders: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
