@@ -126,6 +126,9 @@ def find_kind(cases: Sequence[Case]) -> str:
 def join_patients(source: TrainingSource, cases: Sequence[Case], different: leakage.Pairs) -> dict[str, str]:
     """Return {case id: patient} of the cases whose patient is in another cohort too, by ids or by content.
 
+    Content finds copies of a scan. Another preparation of it, such as a skull-stripped one, is found by ids
+    and mapping sheets alone.
+
     All cases of such a patient get the first of the patient's ids, so that a split keeps them together.
     Pairs in `different` were looked at by a person and stay two.
     """
@@ -149,6 +152,7 @@ def join_patients(source: TrainingSource, cases: Sequence[Case], different: leak
             leakage.describe_row(row),
             row.evidence,
         )
+    several.warn_of_unmapped(cases)
     patient_of = {case.case_id: case.patient_id for case in cases}
     group_of = group_ids([patient_of[row.case], patient_of[row.training_case]] for row in pairs.itertuples())
     first_of = {patient: min(group) for patient, group in group_of.items()}

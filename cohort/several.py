@@ -1,6 +1,7 @@
 """Several cohorts as one: their names, ids that no two of them share, the split, and Dice per cohort."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from cohort.cases import Case
-from cohort.patients import is_sheet_about, map_patients, names_one_patient
+from cohort.patients import is_sheet_about, map_patients, names_one_patient, patient_named
 from cohort.split import SPLIT_PARTS, split_cases, split_sha256
 from runtime.errors import InputError
 from runtime.log import log
 
+MAYBE_TCGA = r"BraTS(?:1\d_TCIA|20_|2021_|20\d\d_GLI|-GLI-)"  # ids under which BraTS has patients of TCGA
 DataDir = str | Path | Sequence[str] | None  # one folder, or several
 COHORT_DICE = "validation_{region}_{cohort}"  # columns of log.csv
 
@@ -113,6 +115,30 @@ def make_ids_unique(cases: Sequence[Case]) -> list[Case]:
     if twice := [case_id for case_id, count in Counter(case.case_id for case in unique).items() if count > 1]:
         raise InputError(f"case {twice[0]}", "is there twice, in two cohorts", "rename one of their folders")
     return sorted(unique, key=lambda case: case.case_id)
+
+
+def warn_of_unmapped(cases: Sequence[Case]) -> None:
+    """Warn where one cohort has TCGA ids and another has BraTS ids that no mapping sheet explains.
+
+    Many BraTS scans are of TCGA patients, skull-stripped and resampled: their content is no longer alike.
+    """
+
+    def is_of(case: Case, pattern: str) -> bool:
+        return re.match(pattern, patient_named(case.case_id) or "", re.IGNORECASE) is not None
+
+    for name in list_cohorts(cases):
+        own = [case for case in cases if case.cohort == name]
+        unmapped = [case for case in own if is_of(case, MAYBE_TCGA) and not case.aliases]
+        others = [case.cohort for case in cases if case.cohort != name and is_of(case, "TCGA_")]
+        if unmapped and others:
+            log.warning(
+                "%d cases of %s, first %s, may be TCGA patients, whom %s has too: content does not find a "
+                "scan that was skull-stripped and resampled; give the data set's name mapping by --mapping",
+                len(unmapped),
+                name,
+                unmapped[0].case_id,
+                " and ".join(dict.fromkeys(others)),
+            )
 
 
 def rename_patients(cases: Sequence[Case], joined: Mapping[str, str]) -> list[Case]:

@@ -203,6 +203,24 @@ def test_a_sheet_joins_patients_of_two_cohorts(source, cohorts, tmp_path, text):
     assert joined == {"sub-001": "BraTS2021_90000", "sub-004": cohorts[2]}
 
 
+def test_brats_beside_tcga_asks_for_the_sheet_that_joins_them(make_cases, caplog):
+    def cases(aliases):
+        pairs = [("Brats18_TCIA13_623_1", "Brats18_TCIA13_623"), ("TCGA_HT_7473_1997", "TCGA_HT_7473")]
+        brats, tcga = make_cases(pairs)
+        return [
+            dataclasses.replace(brats, cohort="brats", aliases=aliases),
+            dataclasses.replace(tcga, cohort="lgg"),
+        ]
+
+    several.warn_of_unmapped(cases(()))
+    assert "1 cases of brats, first Brats18_TCIA13_623_1" in caplog.text
+    assert "lgg has too" in caplog.text
+    caplog.clear()
+    several.warn_of_unmapped(cases(("TCGA_HT_7473",)))
+    several.warn_of_unmapped(cases(())[:1])
+    assert not caplog.records
+
+
 def test_two_people_who_look_alike_stay_two_where_a_person_said_so(source, cohorts, monkeypatch):
     cases = find_cases(source)
     monkeypatch.setattr("cohort.leakage.verify_pair", lambda *_: 1.0)
