@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -54,7 +54,9 @@ LayoutName = Literal[
     "slices",
 ]
 Folders = Annotated[str | tuple[str, ...] | None, tyro.conf.arg(metavar="DIR [DIR ...]")]
-Layouts = Annotated[LayoutName | tuple[LayoutName, ...], tyro.conf.arg(metavar="LAYOUT [LAYOUT ...]")]
+Layouts = Annotated[
+    LayoutName | tuple[LayoutName, ...], tyro.conf.arg(metavar=f"{{{','.join(get_args(LayoutName))}}} [...]")
+]
 NO_PATIENT = (
     r"(?i)(?:.*(?:screen.?shot|preview|thumb|snapshot|overlay|montage).*|fig|figure|plot|curves?)[\W_\d]*"
 )
