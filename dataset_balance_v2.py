@@ -11,7 +11,7 @@ every file of it, or removes the cache:
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,9 +30,16 @@ from cohort.cache import PreparedCase, clear_cache, prepare_cases
 from cohort.cases import Modalities, with_reference
 from cohort.check import check_cohort, log_problems, write_problems
 from cohort.labels import Regions
-from cohort.layouts import CaseSource, find_cases, log_cases
+from cohort.layouts import CaseSource, find_cases, log_cohorts
 from cohort.phantom import choose_data_dir
-from cohort.preprocess import BRAIN_SLICE_VOXELS, Z_RANGE, describe_training_spacing, fit_slices, place_slices
+from cohort.preprocess import (
+    BRAIN_SLICE_VOXELS,
+    MISSING,
+    Z_RANGE,
+    describe_training_spacing,
+    fit_slices,
+    place_slices,
+)
 from runtime.command import Share, run_command
 from runtime.errors import InputError
 from runtime.files import check_output, write_output
@@ -96,6 +103,43 @@ def balance_slices(table: pd.DataFrame, tumour_share: float = 0.5, empty_share: 
     return weights / weights.sum()
 
 
+def balance_cohorts(
+    table: pd.DataFrame,
+    cases: Sequence[PreparedCase],
+    weight_of_cohort: Mapping[str, float],
+    tumour_share: float = 0.5,
+    empty_share: float = 0.02,
+) -> np.ndarray:
+    """Return the probability of drawing each slice, balanced in each cohort by itself: shape (rows,), sum 1.
+
+    Draws of a cohort are as frequent as its weight, whatever slices it has. Without weights all slices are
+    balanced together (`balance_slices`). A cohort without a training case leaves its share to the others.
+    """
+    if not weight_of_cohort:
+        return balance_slices(table, tumour_share, empty_share)
+    cohort = np.array([case.cohort for case in cases])[table["case"]]
+    weights = np.zeros(len(table))
+    for name, weight in weight_of_cohort.items():
+        if not (rows := cohort == name).any():
+            log.warning("no training case is of cohort %s, whose weight counts for nothing", name)
+            continue
+        weights[rows] = weight * balance_slices(table[rows], tumour_share, empty_share)
+    return weights / weights.sum()
+
+
+def drop_modalities(slab: np.ndarray, modalities: int, share: float, draw_seed: int) -> None:
+    """Set each modality of a slab (C*K, S, S) to MISSING with probability `share`, in all of its slices.
+
+    One drawn at random stays where all would be gone. What is drawn depends on the seed of the draw alone.
+    """
+    generator = np.random.default_rng([draw_seed, modalities])
+    is_dropped = generator.random(modalities) < share
+    spared = generator.integers(modalities)
+    if is_dropped.all():
+        is_dropped[spared] = False
+    slab.reshape(modalities, -1, *slab.shape[1:])[is_dropped] = MISSING
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Slabs and loaders
 # ------------------------------------------------------------------------------------------------------------
@@ -116,12 +160,14 @@ class SlabDataset(Dataset):
         size: int,
         augment: bool = True,
         strip: float = 0.0,
+        modality_dropout: float = 0.0,
     ) -> None:
         self.cases = list(cases)
         self.rows = table[["case", "z"]].to_numpy()
         self.context = context
         self.size = size
         self.augmentation = build_augmentation(strip) if augment else None
+        self.modality_dropout = modality_dropout
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -136,7 +182,10 @@ class SlabDataset(Dataset):
         target = fit_slices(case.reference_slice(int(z)), placement, is_mask=True).astype(np.uint8)
         if self.augmentation is not None:
             slab, target = self.augment(slab, target, draw_seed)
-        return torch.from_numpy(np.ascontiguousarray(slab)), torch.from_numpy(target.astype(np.float32))
+        slab = np.ascontiguousarray(slab)
+        if self.modality_dropout:
+            drop_modalities(slab, len(case.background), self.modality_dropout, draw_seed)
+        return torch.from_numpy(slab), torch.from_numpy(target.astype(np.float32))
 
     def augment(self, slab: np.ndarray, target: np.ndarray, draw_seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a slab (C*K, S, S) and its target (R, S, S) transformed alike, seeded by the draw."""
@@ -284,7 +333,7 @@ def check_data(config: BalanceConfig, source: CaseSource) -> None:
     cases, problems = check_cohort(source, config.modalities)
     table = Path(config.check_csv)
     write_output(table, lambda target: write_problems(target, problems), config.overwrite)
-    log_cases(cases)
+    log_cohorts(cases)
     log_problems(cases, problems)
     log.info(f"table: {config.check_csv}")
     if any(problem.severity == "error" for problem in problems):
@@ -302,8 +351,8 @@ def main(config: BalanceConfig) -> None:
         check_data(config, source)
         return
     cases = find_cases(source, config.modalities)
-    log_cases(cases)
-    cases = with_reference(cases, source.data_dir)
+    log_cohorts(cases)
+    cases = with_reference(cases, source.place)
     prepared = prepare_cases(cases, config.modalities, config.regions, config.cache_dir)
     table = slice_table(prepared, config.regions)
     weights = balance_slices(table, config.tumour_share, config.empty_share)
@@ -312,7 +361,7 @@ def main(config: BalanceConfig) -> None:
     counts = kind.value_counts().reindex(order, fill_value=0)
     after = pd.Series(weights).groupby(kind).sum().reindex(order, fill_value=0.0)
     patients = len({case.patient_id for case in prepared})
-    log.info(f"{len(prepared)} cases of {patients} patients, {len(table)} slices in {source.data_dir}")
+    log.info(f"{len(prepared)} cases of {patients} patients, {len(table)} slices in {source.place}")
     before = counts / len(table)
     shares = {"as stored": before.map("{:.1%}".format), "as drawn": after.map("{:.1%}".format)}
     log.info(pd.DataFrame({"slices": counts, **shares}).to_string())

@@ -66,6 +66,8 @@ TOLERANCE = 1e-4  # of probabilities, between the network and its export
 def describe_checkpoint(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata of an exported file, as plain values."""
     config = {name: checkpoint["config"][name] for name in EXPORTED_SETTINGS}
+    if checkpoint["config"].get("modality_dropout"):  # else a case needs all modalities
+        config["modality_dropout"] = checkpoint["config"]["modality_dropout"]
     results = {name: checkpoint[name] for name in EXPORTED_RESULTS if name in checkpoint}
     results.setdefault("thresholds", [0.5] * len(config["regions"]))  # last.pt has none
     return {"config": config, **results, "opset": OPSET, "checkpoint_sha256": file_sha256(path)}

@@ -31,6 +31,7 @@ from audit.folds import (
     add_dice,
     describe_average,
     describe_fold,
+    join_cases,
     join_cohorts,
     join_leakage,
     join_seen,
@@ -42,6 +43,7 @@ from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
 from audit.score import ScoreSettings, score_predictions
 from audit.seen import attach_volumes, count_grades, identify_seen, search_leakage
+from audit.sources import add_origin, count_missing, first_present, summarise_by_source
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
 from cohort.cache import PreparedCase, prepare_cases, prepare_for_all_ranks
 from cohort.cases import Case, with_reference
@@ -58,6 +60,7 @@ from cohort.leakage import (
     select_proven,
     unpack_identities,
 )
+from cohort.several import list_folders, rename_patients, show_folders
 from cohort.split import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, choose_threads, join_models, load_model, predict_views
 from runtime.checkpoints import newest_run
@@ -143,6 +146,7 @@ class Audited(NamedTuple):
 
     model: TrainedModel
     audits: dict[str, "CohortAudit"]
+    cohorts: dict[str, list[PreparedCase]]
     leakage: pd.DataFrame
     seen: dict[str, dict[str, int]]
     different: Pairs
@@ -189,6 +193,7 @@ def audit_folds(config: EvaluationConfig, run: Path, folder: Path, device: torch
     return Audited(
         whole,
         join_cohorts([part.audits for part in parts]),
+        join_cases([part.cohorts for part in parts]),
         leakage,
         join_seen([part.seen for part in parts]),
         frozenset().union(*(part.different for part in parts)),
@@ -230,7 +235,7 @@ def audit_cohorts(
         seen_ids = set(proven.loc[proven["cohort"] == cohort, "case"])
         log_spacing(model, cohort, cases)
         audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
-    return Audited(model, audits, leakage, seen, different)
+    return Audited(model, audits, cohorts, leakage, seen, different)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -261,7 +266,7 @@ def main(config: EvaluationConfig) -> None:
     if not is_main():
         return
     model, audits, leakage = audited.model, audited.audits, audited.leakage
-    rows = join_rows(audits)
+    rows = add_origin(join_rows(audits), audited.cohorts)
     if audited.folds:
         rows = rows.astype({"fold": "Int64"})  # whole numbers; external cases have none
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
@@ -276,6 +281,8 @@ def main(config: EvaluationConfig) -> None:
         "declared_different": list_pairs(audited.different),
         "averaged_over": averaged_over,
         "cohorts": summarise_all(rows, model.regions, config.seed),
+        **summarise_by_source(rows, model.regions, config.seed),
+        **count_missing(audited.cohorts),
         "calibration": summarise_bins(model, audits["validation"].bins),
         "postprocessing": model.checkpoint.get("postprocessing"),
         "threshold": dict(zip(model.regions, model.thresholds, strict=True)),
@@ -356,17 +363,20 @@ def choose_cohorts(
     """
     settings = model.checkpoint["config"]
     data_dir = config.data_dir or settings["data_dir"]
-    cases = with_reference(find_cases_of_run(settings, data_dir), data_dir)
+    place = show_folders(data_dir)
+    cases = with_reference(find_cases_of_run(settings, data_dir), place)
+    cases = rename_patients(cases, model.checkpoint.get("joined_patients", {}))
     cohorts: dict[str, list[Case]] = {
-        "validation": cases_of_split(cases, split, "validation", data_dir),
-        "internal": cases_of_split(cases, split, "test", data_dir),
+        "validation": cases_of_split(cases, split, "validation", place),
+        "internal": cases_of_split(cases, split, "test", place),
     }
     external_dir = config.external.data_dir
-    demo_external = Path(data_dir).with_name("phantom_external")
+    demo_external = Path(list_folders(data_dir)[0]).with_name("phantom_external")
     if external_dir is None and model.checkpoint["data_kind"] == "phantom" and demo_external.is_dir():
         external_dir = str(demo_external)
     if external_dir is not None and with_external:
-        external = find_cases(dataclasses.replace(config.external, data_dir=external_dir), model.modalities)
+        source = dataclasses.replace(config.external, data_dir=external_dir)
+        external = find_cases(source, model.modalities, model.is_partial)
         log_cases(external, "external: ")
         cohorts["external"] = with_reference(external, external_dir)
     counts = ", ".join(f"{len(members)} {cohort} cases" for cohort, members in cohorts.items())
@@ -483,7 +493,7 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
             rows.append(row | {"seconds_three_views": round(seconds, 3)})
     picture = None
     if cohort != "validation":
-        picture = take_picture(volume[0], reference[0], masks["tta"][0], case.spacing_mm)
+        picture = take_picture(first_present(case, volume), reference[0], masks["tta"][0], case.spacing_mm)
     return CaseAudit(rows, counts, bins, picture)
 
 

@@ -37,7 +37,7 @@ from audit.output import (
     write_table,
 )
 from audit.postprocess import join_settings, postprocess, settings_of, threshold_regions
-from cohort.cases import Case, load_case
+from cohort.cases import Case, load_case, warn_of_missing
 from cohort.ensemble import Members, check_members, join_checkpoints
 from cohort.folds import list_checkpoints
 from cohort.inputs import find_readable
@@ -53,8 +53,10 @@ from cohort.preprocess import (
     normalise_volume,
     pixel_mm,
     place_case,
+    place_modalities,
     unfit_slices,
 )
+from cohort.several import show_folders
 from cohort.split import cases_of_split, read_split
 from model_drunet_v2 import build_network, prepare_network
 from runtime import cpu_threads
@@ -144,6 +146,11 @@ class TrainedModel:
     def is_ensemble(self) -> bool:
         """Whether the network is several, whose mean probability counts."""
         return "members" in self.checkpoint
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the network was trained to work without some of its modalities."""
+        return bool(self.checkpoint.get("config", {}).get("modality_dropout"))
 
     def place(self, shape: Sequence[int], frame: Frame) -> Placement:
         """Return how slices of (H, W) of a case lie in the network's input."""
@@ -391,11 +398,15 @@ def choose_inputs(
         if "data_dir" not in settings:
             raise InputError(checkpoint, "an exported network knows no test cases", "name some by --input")
         data_dir = settings["data_dir"]
-        log.info("no --input: segmenting the held-out test cases of %s", data_dir)
+        log.info("no --input: segmenting the held-out test cases of %s", show_folders(data_dir))
         cases = find_cases_of_run(settings, data_dir)
-        return cases_of_split(cases, read_split(checkpoint.parent / "split.json"), "test", data_dir)
+        split = read_split(checkpoint.parent / "split.json")
+        return cases_of_split(cases, split, "test", show_folders(data_dir))
     cases, errors = find_readable(
-        config.input, CaseSource(layout=config.layout, slice_channel=config.slice_channel), model.modalities
+        config.input,
+        CaseSource(layout=config.layout, slice_channel=config.slice_channel),
+        model.modalities,
+        model.is_partial,
     )
     if failed is not None:
         failed += [failed_row(name, error) for name, error in errors]
@@ -403,11 +414,14 @@ def choose_inputs(
 
 
 def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
-    """Read and normalise one case; of the raw intensities only those of the first modality stay."""
-    loaded = load_case(case, modalities, with_labels=False)
+    """Read and normalise one case; of the raw intensities only those of its first modality stay."""
+    present = [name for name in modalities if name in case.modalities]
+    loaded = load_case(case, present, with_labels=False)
     volume, brain = normalise_volume(loaded.volume)
+    volume = place_modalities(volume, present, modalities)
     brain_voxels = brain.sum((1, 2))
-    warnings = [*loaded.warnings, *warn_of_intensities(loaded.volume, brain_voxels, modalities)]
+    warnings = warn_of_missing([name for name in modalities if name not in present])
+    warnings += [*loaded.warnings, *warn_of_intensities(loaded.volume, brain_voxels, present)]
     frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
     first = loaded.volume[0].copy()
     return ReadCase(case, volume, brain_voxels, first, loaded.spacing_mm, frame, tuple(warnings))

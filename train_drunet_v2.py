@@ -33,7 +33,7 @@ import dataset_balance_v2 as dataset
 import inference_v2 as inference
 import model_drunet_v2 as model
 from audit import overlays, plots, postprocess
-from cohort import cache, folds, initial, phantom, selection
+from cohort import cache, folds, initial, phantom, selection, several
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
 from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks, rates
@@ -137,6 +137,8 @@ class TrainConfig:
     """share of draws that show no brain"""
     strip: Share = 0.0
     """share of draws whose head loses scalp and skull to a random depth, as skull stripping removes them"""
+    modality_dropout: Decay = 0.0
+    """probability that a modality of a slab is left out, never all; the network then works without some"""
 
     # the machine
     device: machine.DeviceName = "auto"
@@ -436,7 +438,7 @@ def finish_epoch(
     )
     log.info(
         f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation "
-        f"Dice per case {scores}{' *' if is_better else '  '}  lr {rate:.1e}  "
+        f"Dice per case {scores}{several.show_scores(figures)}{' *' if is_better else '  '}  lr {rate:.1e}  "
         f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
         f"peak {peak_gb:.2f} GiB"
     )
@@ -523,8 +525,17 @@ def place_run(config: TrainConfig) -> TrainConfig:
     """Return the settings with data folder and run name; the demo's phantoms are made where missing."""
     if config.resume:
         return config
+    if config.modality_dropout and len(config.source.modalities) < 2:
+        raise InputError(
+            f"--modality-dropout {config.modality_dropout:g}",
+            "there is one modality",
+            "name more in --modalities",
+        )
     data_dir = phantom.choose_data_dir(config.source.data_dir)
-    name = config.run or f"{Path(data_dir).resolve().name}_{datetime.now():%Y%m%d_%H%M%S}"
+    name = (
+        config.run
+        or f"{'_'.join(several.name_cohorts(several.list_folders(data_dir)))}_{datetime.now():%Y%m%d_%H%M%S}"
+    )
     if (Path(config.results_dir) / name / "last.pt").exists():
         raise InputError(f"--run {name}", "this run exists", "choose another name or --resume it")
     source = dataclasses.replace(config.source, data_dir=data_dir)
@@ -589,9 +600,11 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
         raise InputError(
             "--slabs-per-epoch", f"{draws} slabs do not fill one step", "lower --batch-size or --accumulate"
         )
-    weights = dataset.balance_slices(table, config.tumour_share, config.empty_share)
+    shares = (config.tumour_share, config.empty_share)
+    weights = dataset.balance_cohorts(table, cases, config.source.weight_of_cohort, *shares)
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
-    slabs = dataset.SlabDataset(cases, table, config.context, config.size, strip=config.strip)
+    varied = {"strip": config.strip, "modality_dropout": config.modality_dropout}
+    slabs = dataset.SlabDataset(cases, table, config.context, config.size, **varied)
     return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
 
 
@@ -694,6 +707,9 @@ def train_run(config: TrainConfig) -> None:
         if state.average:
             ranks.average_buffers(state.average.module)
         dice = validate(as_trained_model(run, state), cases["validation"], config.batch_size)
+        figures |= several.score_cohorts(
+            cases["validation"], dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))], config.source.regions
+        )
         clock.reserved_s = 2 * (time.monotonic() - begun)  # the last validation, and one for post-processing
         state.epoch += 1
         state.minutes = minutes_before + clock.minutes()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from audit.postprocess import describe_postprocessing
+from cohort.cache import PreparedCase
 from cohort.split import SPLIT_PARTS
 from runtime.files import file_sha256
 
@@ -40,6 +41,15 @@ def join_cohorts(parts: Sequence[Mapping[str, Audit]]) -> dict[str, Audit]:
             pictures={case: picture for audit in audits for case, picture in audit.pictures.items()},
         )
     return joined
+
+
+def join_cases(parts: Sequence[Mapping[str, Sequence[PreparedCase]]]) -> dict[str, list[PreparedCase]]:
+    """Return the cases of each cohort over all folds, each once."""
+    joined: dict[str, dict[str, PreparedCase]] = {}
+    for part in parts:
+        for cohort, cases in part.items():
+            joined.setdefault(cohort, {}).update((case.case_id, case) for case in cases)
+    return {cohort: list(by_id.values()) for cohort, by_id in joined.items()}
 
 
 def join_rows(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -87,6 +87,16 @@ def tabulate_scores(summary: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def tabulate_sources(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the scores of validation and internal test per cohort trained on; empty where it is one."""
+    by_source = {
+        f"{cohort}: {source}": regions
+        for cohort, sources in summary.get("by_source", {}).items()
+        for source, regions in sources.items()
+    }
+    return tabulate_scores({"cohorts": by_source})
+
+
 def tabulate_gains(summary: Mapping[str, Any]) -> pd.DataFrame:
     """Return the paired change of Dice per case by TTA and by post-processing, per cohort and region."""
     rows = []
@@ -237,6 +247,11 @@ def list_warnings(summary: Mapping[str, Any]) -> list[str]:
             warnings.append(
                 f"{count} tested case(s): {grade}. This is no proof and does not count as seen: look at them."
             )
+    for cohort, counts in summary.get("missing_modalities", {}).items():
+        for names, count in counts.items():
+            warnings.append(
+                f"{cohort}: {count} cases have no {names}, filled as --modality-dropout did in training."
+            )
     if "external_unseen" in summary["cohorts"]:
         warnings.append("external_unseen is the external cohort without the cases that were seen.")
     return warnings
@@ -260,8 +275,15 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     """Log warnings, tables, and what was chosen on validation."""
     for warning in list_warnings(summary):
         log.warning("%s", warning)
-    tables = (tabulate_scores, tabulate_lesions, tabulate_calibration, tabulate_gains, tabulate_uncertainty)
-    tables += (tabulate_folds,)
+    tables = (
+        tabulate_scores,
+        tabulate_sources,
+        tabulate_lesions,
+        tabulate_calibration,
+        tabulate_gains,
+        tabulate_uncertainty,
+        tabulate_folds,
+    )
     for tabulate in tables:
         table = tabulate(summary)
         if not table.empty:
@@ -293,6 +315,7 @@ def write_report(path: Path, results: AuditResults, figures: Mapping[str, Path])
         choices=describe_choices(summary),
         tables={
             "scores": tabulate_scores(summary),
+            "sources": tabulate_sources(summary),
             "gains": tabulate_gains(summary),
             "lesions": tabulate_lesions(summary),
             "postprocessing": tabulate_postprocessing(summary),

@@ -104,7 +104,7 @@ def refuse_other_scores(folder: Path, predictions: Path) -> None:
 
 def choose_pairs(settings: ScoreSettings) -> Matched:
     """Return the cases and their predictions; InputError where either is alone, unless that is allowed."""
-    data_dir = settings.source.data_dir
+    data_dir = settings.source.place
     cases = with_reference(scan_cases(settings.source), data_dir)
     log_cases(cases)
     matched = match_predictions(settings.predictions, cases)
@@ -190,7 +190,7 @@ def summarise_scores(
         "split_sha256": None,
         "predictions": {
             "folder": str(settings.predictions.resolve()),
-            "data_dir": str(settings.source.data_dir),
+            "data_dir": settings.source.place,
             "n_scored": len(matched.pairs),
             "n_cases": len(matched.pairs) + len(matched.missing),
             "n_identical": count_identical(rows),

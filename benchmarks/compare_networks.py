@@ -138,7 +138,7 @@ def prepare_cohorts(config: RingConfig) -> dict[int, Cohorts]:
     abroad = [case for case in abroad if case.case_id not in set(known["case"])]
     by_id = {case.case_id: case for case in home}
     cohorts = {}
-    for fold, split in enumerate(split_folds(home, config.folds, config.validation_share, seed=0)):
+    for fold, split in enumerate(split_folds(home, config.folds, 0, config.validation_share)):
         if fold in config.only:
             parts = [[by_id[case_id] for case_id in split[part]] for part in SPLIT_PARTS]
             cohorts[fold] = Cohorts(*parts, abroad)

@@ -21,10 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from cohort.cases import Case, load_case, log_warnings
+from cohort.cases import Case, load_case, log_warnings, warn_of_missing
 from cohort.fingerprints import FINGERPRINT_VERSION, fingerprint, fingerprint_modality
 from cohort.labels import regions_from_labels
-from cohort.preprocess import Frame, find_doubts, find_head_box, normalise_volume, slab_slices
+from cohort.preprocess import (
+    Frame,
+    find_doubts,
+    find_head_box,
+    normalise_volume,
+    place_modalities,
+    slab_slices,
+)
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_atomically, write_json
 from runtime.log import log, progress
@@ -66,6 +73,7 @@ class PreparedCase:
     warnings: tuple[str, ...] = ()  # what is odd about its files and intensities, one sentence each
     head_box: tuple[tuple[int, int], tuple[int, int]] | None = None  # see `find_head_box`
     spacing_known: bool = True  # PNG and TIF slices carry none
+    missing: tuple[str, ...] = ()  # modalities that the case lacks, see `place_modalities`
 
     @property
     def frame(self) -> Frame:
@@ -249,7 +257,7 @@ def _hash_case(
     """Hash the settings and all of a case that bears on its pixels, each file by `identify_file`."""
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     fields = {name: value for name, value in fields.items() if name not in NAMES_OF_CASE}
-    fields["modalities"] = [case.modalities[name] for name in modalities]
+    fields["modalities"] = [case.modalities.get(name) for name in modalities]
     settings = [CACHE_VERSION, FINGERPRINT_VERSION, list(modalities), list(regions)]
     try:
         content = json.dumps([settings, fields], default=identify_file)
@@ -328,20 +336,27 @@ def build_entry(
 ) -> dict[str, Any]:
     """Decode and normalise a case into its (folder, case) entry; return the entry's facts."""
     folder, case = missing
-    loaded = load_case(case, modalities)
+    present = [name for name in modalities if name in case.modalities]
+    loaded = load_case(case, present)
     volume, brain = normalise_volume(loaded.volume)
+    volume = place_modalities(volume, present, modalities)
     masks = brain[None]
     if regions:
         assert loaded.labels is not None, f"{case.case_id} has no mask"
         masks = np.concatenate([masks, regions_from_labels(loaded.labels, case.convention, regions)])
-    first = loaded.volume[modalities.index(fingerprint_modality(modalities))]
+    first = loaded.volume[present.index(fingerprint_modality(present))]
     content = fingerprint(first, loaded.labels)
     doubts = [
         f"{name} {doubt}"
-        for name, intensities in zip(modalities, loaded.volume, strict=True)
+        for name, intensities in zip(present, loaded.volume, strict=True)
         for doubt in find_doubts(intensities)
     ]
-    notes = {"spacing_known": case.layout != "slices", "warnings": [*loaded.warnings, *doubts]}
+    lacking = [name for name in modalities if name not in present]
+    notes = {
+        "spacing_known": case.layout != "slices",
+        "warnings": [*loaded.warnings, *doubts, *warn_of_missing(lacking)],
+        **({"missing": lacking} if lacking else {}),
+    }
     return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content, notes)
 
 

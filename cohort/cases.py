@@ -168,6 +168,14 @@ def find_copy(name: str, array: np.ndarray, seen: dict[str, str]) -> str | None:
     return None if other == name else f"its {name} is a copy of its {other}, voxel for voxel"
 
 
+def warn_of_missing(modalities: Sequence[str]) -> list[str]:
+    """Return a sentence on the modalities that a case lacks, none where it lacks none."""
+    if not modalities:
+        return []
+    is_are = "is" if len(modalities) == 1 else "are"
+    return [f"{', '.join(modalities)} {is_are} missing and filled as --modality-dropout did in training"]
+
+
 def log_warnings(warnings: Sequence[tuple[str, Sequence[str]]], shown: int = 10) -> None:
     """Log what deserves a look in cases, given as (case id, warnings): the first, then how many more."""
     sentences = [f"{case_id}: {sentence}" for case_id, own in warnings for sentence in own]

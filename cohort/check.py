@@ -163,7 +163,7 @@ def check_cohort(
     if every_file:
         problems += find_unlike(cases, modalities)
     if likely_visits := describe_likely_visits(cases):
-        problems.append(Problem("", str(source.data_dir), "warning", likely_visits))
+        problems.append(Problem("", source.place, "warning", likely_visits))
     return cases, problems
 
 

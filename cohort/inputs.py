@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cohort.cases import Case
-from cohort.layouts import CaseSource, cases_of_files, missing_modality, scan_cases
+from cohort.layouts import CaseSource, cases_of_files, find_lacking, missing_modality, scan_cases
 from runtime.errors import InputError
 
 
 def find_readable(
-    names: Sequence[str], source: CaseSource, modalities: Sequence[str]
+    names: Sequence[str], source: CaseSource, modalities: Sequence[str], partial: bool = False
 ) -> tuple[list[Case], list[tuple[str, InputError]]]:
     """Return the cases below the folders and in the files named, and (case or folder, error) of the others.
 
-    Others are cases that cannot be told from their files or lack a modality. `source` says how folders are
+    Others are cases that cannot be told from their files or lack a modality, with `partial` all of them.
+    `source` says how folders are
     read. Raises InputError where no case is left, and where an id occurs twice.
     """
     cases: list[Case] = []
@@ -25,7 +26,7 @@ def find_readable(
             continue
         problems: list[InputError] = []
         for case in scan_cases(dataclasses.replace(source, data_dir=name), problems):
-            if missing := [modality for modality in modalities if modality not in case.modalities]:
+            if missing := find_lacking(case, modalities, partial):
                 errors.append((case.case_id, missing_modality(case, missing[0])))
             else:
                 cases.append(case)

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -22,6 +22,15 @@ from cohort.conventions import settle_conventions
 from cohort.patients import find_sheets, map_patients, patient_of
 from cohort.pictures import RGB_CHANNELS, is_colour
 from cohort.resolvers import LAYOUTS, NEW_IDS, choose_mask, find_gap, is_nifti, modality_named, stem_of
+from cohort.several import (
+    DataDir,
+    check_folders,
+    join_cohorts,
+    list_cohorts,
+    list_folders,
+    pair_layouts,
+    show_folders,
+)
 from runtime.command import Range, from_plain
 from runtime.errors import InputError
 from runtime.files import WRITTEN, is_written_by_us, protect_inputs
@@ -44,6 +53,10 @@ LayoutName = Literal[
     "msd",
     "slices",
 ]
+Folders = Annotated[str | tuple[str, ...] | None, tyro.conf.arg(metavar="DIR [DIR ...]")]
+Layouts = Annotated[
+    LayoutName | tuple[LayoutName, ...], tyro.conf.arg(metavar=f"{{{','.join(get_args(LayoutName))}}} [...]")
+]
 NO_PATIENT = (
     r"(?i)(?:.*(?:screen.?shot|preview|thumb|snapshot|overlay|montage).*|fig|figure|plot|curves?)[\W_\d]*"
 )
@@ -55,14 +68,20 @@ BY_ID = ("brats2024", "brats-met", "brats-ped", "upenn", "ucsf", "bids")  # ids 
 class CaseSource:
     """Where cases are and how they are read; commands have it among their settings."""
 
-    data_dir: str | None = None
-    """folder with the cases; default: data/BraTS2021, or the demo's phantoms without it"""
-    layout: LayoutName = "auto"
-    """how files are named and placed; auto detects it by what is there"""
+    data_dir: Folders = None
+    """folder with the cases, or several, one per cohort; default: data/BraTS2021, or the demo's phantoms
+    without it"""
+    layout: Layouts = "auto"
+    """how files are named and placed, for all folders or one per folder; auto detects it by what is there"""
     mapping: str | None = None
     """CSV sheet of ids, beside the mapping sheets found with the cases"""
     slice_channel: Channel = 1
     """channel of RGB slices that holds FLAIR: 0, 1 or 2"""
+
+    @property
+    def place(self) -> str:
+        """The folders as they were typed."""
+        return show_folders(self.data_dir)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -193,6 +212,23 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
     left out; without one it is raised.
     """
     assert source.data_dir is not None, "the data folder is chosen before cases are looked for"
+    folders = list_folders(source.data_dir)
+    if not folders:
+        raise InputError("--data-dir", "names no folder", "give the folder that holds the cases")
+    check_folders(folders)
+    scanned = [
+        scan_folder(dataclasses.replace(source, data_dir=folder, layout=layout), errors)
+        for folder, layout in zip(folders, pair_layouts(folders, source.layout), strict=True)
+    ]
+    given = Path(source.mapping) if source.mapping else None
+    return map_patients(*scanned[0], given) if len(scanned) == 1 else join_cohorts(folders, scanned, given)
+
+
+def scan_folder(source: CaseSource, errors: list[InputError] | None) -> tuple[list[Case], list[Path]]:
+    """Return every case below one folder, patients as their ids say, and the mapping sheets found with them.
+
+    See `scan_cases`.
+    """
     root = Path(source.data_dir)
     if not root.is_dir():
         raise InputError(root, "no such folder", "give the folder that holds the cases")
@@ -203,6 +239,7 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
         errors.append(error)
 
     found: list[Series] = []
+    known_errors = len(errors or ())  # of other folders
     visited, seen = [root.resolve().parent], []
     for folder, names in walk_folders(root, seen):
         visited += [folder] if any(name.lower().endswith(".csv") for name in names) else []
@@ -218,7 +255,7 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
             report(series.problem)
         else:
             cases.append(series.case)
-    if not cases and not errors:
+    if not cases and len(errors or ()) == known_errors:
         raise no_case(root, source.layout, seen)
     cases.sort(key=lambda case: case.case_id)
     for case, following in itertools.pairwise(cases):
@@ -229,7 +266,7 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
     protect_inputs(path for case in cases for path in case.files)
     unique = settle_conventions([case for case in cases if count[case.case_id] == 1])
     warn_of_gaps(unique)
-    return map_patients(unique, find_sheets(visited), Path(source.mapping) if source.mapping else None)
+    return unique, find_sheets(visited)
 
 
 def folder_of(case: Case) -> Path:
@@ -327,25 +364,33 @@ def no_case(root: Path, layout: str, seen: Sequence[str]) -> InputError:
     )
 
 
-def find_cases(source: CaseSource, modalities: Sequence[str] = ("flair",)) -> list[Case]:
+def find_cases(
+    source: CaseSource, modalities: Sequence[str] = ("flair",), partial: bool = False
+) -> list[Case]:
     """Return every case of a source, sorted by id, with its patient and its cohort's label convention.
 
-    Each case must have the modalities asked for. Raises InputError where the folder is missing or holds no
-    case, a case lacks a modality, or an id occurs twice.
+    Each case must have the modalities asked for, with `partial` one of them. Raises InputError where the
+    folder is missing or holds no case, a case lacks a modality, or an id occurs twice.
     """
     cases = scan_cases(source)
     for case in cases:
-        if missing := [name for name in modalities if name not in case.modalities]:
+        if missing := find_lacking(case, modalities, partial):
             raise missing_modality(case, missing[0])
     return cases
 
 
-def find_cases_of_run(settings: Mapping[str, Any], data_dir: str | Path) -> list[Case]:
-    """Return the cases below a folder as the run with these settings read them.
+def find_lacking(case: Case, modalities: Sequence[str], partial: bool) -> list[str]:
+    """Return the modalities for want of which a case cannot be used; with `partial` it needs one of them."""
+    missing = [name for name in modalities if name not in case.modalities]
+    return missing if not partial or len(missing) == len(modalities) else []
+
+
+def find_cases_of_run(settings: Mapping[str, Any], data_dir: DataDir) -> list[Case]:
+    """Return the cases below a run's folder, or its folders, as the run with these settings read them.
 
     Where it left bad cases out, those that cannot be told or lack a modality are left out again.
     """
-    source = dataclasses.replace(from_plain(CaseSource, settings), data_dir=str(data_dir))
+    source = dataclasses.replace(from_plain(CaseSource, settings), data_dir=list_folders(data_dir))
     needed = set(settings["modalities"])
     if settings.get("skip_bad"):
         return [case for case in scan_cases(source, errors=[]) if needed <= set(case.modalities)]
@@ -405,6 +450,13 @@ def cases_of_files(paths: Sequence[Path], modalities: Sequence[str]) -> list[Cas
         convention = LAYOUTS[layout].convention
         cases.append(Case(case_id, patient_of(case_id), "files", layout, convention, own, ()))
     return cases
+
+
+def log_cohorts(cases: Sequence[Case]) -> None:
+    """Log the lines of `log_cases`, per cohort where there are several."""
+    names = list_cohorts(cases)
+    for name in sorted(names):
+        log_cases([case for case in cases if case.cohort == name], f"{name}: " if len(names) > 1 else "")
 
 
 def log_cases(cases: Sequence[Case], whose: str = "") -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cohort.cache import PreparedCase
 from cohort.fingerprints import FINGERPRINT_VERSION, GRID
-from cohort.patients import is_patient_of_sheet, patient_named
+from cohort.patients import names_one_patient
 from cohort.verify import SAME_VOLUME, TURNS, compare_volumes
 from runtime.errors import InputError
 from runtime.log import log
@@ -214,11 +214,6 @@ class KnownCases:
                 if name in table and trusted(name):
                     return evidence, table[name]
         return None
-
-
-def names_one_patient(name: str) -> bool:
-    """Return whether an id names one patient in whatever cohort: patient_001 is somebody at every site."""
-    return patient_named(name) is not None or is_patient_of_sheet(name)
 
 
 def find_leakage(

@@ -140,6 +140,11 @@ def is_patient_of_sheet(alias: str) -> bool:
     return re.fullmatch(r"patient .+ of [0-9a-f]{16}", alias) is not None
 
 
+def names_one_patient(name: str) -> bool:
+    """Return whether an id names one patient in whatever cohort: patient_001 is somebody at every site."""
+    return patient_named(name) is not None or is_patient_of_sheet(name)
+
+
 def find_sheets(folders: Iterable[Path]) -> list[Path]:
     """Return the mapping sheets in these folders, told by their names; unreadable folders have none."""
     sheets = set()
@@ -206,6 +211,13 @@ def group_ids(rows: Iterable[Sequence[str]]) -> dict[str, set[str]]:
     return group_of
 
 
+def is_sheet_about(path: Path, case_ids: Sequence[str]) -> bool:
+    """Return whether a sheet names one of these cases or its patient."""
+    named = {normalise_id(case_id) for case_id in case_ids} | {patient_of(case_id) for case_id in case_ids}
+    found = join_rows(read_sheet(path), case_ids, file_sha256(path)[:16])
+    return any(named & {*ids, *map(patient_of, ids)} for ids in found)
+
+
 def map_patients(cases: Sequence[Case], sheets: Sequence[Path], given: Path | None = None) -> list[Case]:
     """Return the cases with the patient each is of and the other ids of that patient in `aliases`.
 
@@ -215,15 +227,11 @@ def map_patients(cases: Sequence[Case], sheets: Sequence[Path], given: Path | No
     case_ids = [case.case_id for case in cases]
     rows: list[list[str]] = []
     for path in [*sheets, *([given] if given else [])]:
-        found = join_rows(read_sheet(path), case_ids, file_sha256(path)[:16])
-        named = {normalise_id(case_id) for case_id in case_ids} | {
-            patient_of(case_id) for case_id in case_ids
-        }
-        if path == given and case_ids and not any(named & {*ids, *map(patient_of, ids)} for ids in found):
+        if path == given and case_ids and not is_sheet_about(path, case_ids):
             raise InputError(
                 f"--mapping {path}", f"names none of the cases, first {case_ids[0]}", "give their sheet"
             )
-        rows += found
+        rows += join_rows(read_sheet(path), case_ids, file_sha256(path)[:16])
     settled = {
         name for ids in rows if len(set(ids)) > 1 for name in ids
     }  # where a sheet says more than the id

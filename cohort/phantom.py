@@ -442,8 +442,8 @@ DEFAULT_DATA = Path("data/BraTS2021")
 DEMO_DATA = Path("data/phantom_internal")
 
 
-def choose_data_dir(data_dir: str | None) -> str:
-    """Return the folder asked for, else data/BraTS2021, else the demo's phantoms, made where missing."""
+def choose_data_dir(data_dir: str | tuple[str, ...] | None) -> str | tuple[str, ...]:
+    """Return what was asked for, else data/BraTS2021, else the demo's phantoms, made where missing."""
     if data_dir is not None:
         return data_dir
     if DEFAULT_DATA.is_dir():

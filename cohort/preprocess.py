@@ -14,6 +14,7 @@ from scipy import ndimage
 
 Z_RANGE = (-4.0, 8.0)  # normalised intensities are clipped to it; augmentation maps it to 0..1
 QUARTILE_DISTANCE = 1.349  # between the quartiles of a normal distribution, in SD
+MISSING = Z_RANGE[0]  # every voxel of a modality that a case lacks: as dark as air can be
 RESIZE_ABOVE = 1.25  # slices up to a quarter larger than the network's input are cropped, larger ones resized
 SPACING_SHARE = 0.25  # beyond training's range by more, slices are resampled to it, slice distances warned of
 HEAD_SPECK_SHARE = 0.01  # of the head's shadow; smaller specks beside it are none of it
@@ -160,6 +161,19 @@ def normalise_volume(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         deviation = (high - low) / QUARTILE_DISTANCE or float(inside.std()) or 1.0
         scores[channel] = np.clip((intensities - median) / deviation, *Z_RANGE).astype(np.float16)
     return scores, masks[0]
+
+
+def place_modalities(volume: np.ndarray, present: Sequence[str], modalities: Sequence[str]) -> np.ndarray:
+    """Return the normalised volume (P, D, H, W) of the modalities present as (C, D, H, W), others MISSING.
+
+    What air is normalised to differs from case to case, and nobody knows it of a modality that is missing.
+    The least of all values is the same for every case, and training with --modality-dropout fills with it.
+    """
+    if tuple(present) == tuple(modalities):
+        return volume
+    whole = np.full((len(modalities), *volume.shape[1:]), MISSING, volume.dtype)
+    whole[[list(modalities).index(name) for name in present]] = volume
+    return whole
 
 
 Span = tuple[int, int]  # (first, last + 1) along an axis

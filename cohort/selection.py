@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cohort import cache, check, folds, layouts, leakage
+from cohort import cache, check, folds, layouts, leakage, several
 from cohort import split as splits
 from cohort.cache import PreparedCase
 from cohort.cases import Case, Modalities, with_reference
@@ -16,9 +16,9 @@ from cohort.conventions import check_regions
 from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
 from cohort.layouts import CaseSource
-from cohort.patients import describe_likely_visits
-from cohort.phantom import is_phantom
-from runtime.command import CountOrZero, FoldCount
+from cohort.patients import describe_likely_visits, group_ids
+from cohort.phantom import PHANTOM_NOTE, is_phantom
+from runtime.command import CountOrZero, FoldCount, Positive
 from runtime.errors import InputError
 from runtime.files import write_atomically, write_json
 from runtime.log import log
@@ -47,6 +47,14 @@ class TrainingSource(CaseSource):
     """check every case first and leave out those with errors; see skipped.csv"""
     cache_dir: str = "cache"
     """folder of decoded volumes"""
+    cohort_weights: tuple[Positive, ...] = ()
+    """with several folders in --data-dir, how often each is drawn, 1 1 2 for a quarter, a quarter, a half;
+    default: as its slices are many"""
+
+    @property
+    def weight_of_cohort(self) -> dict[str, float]:
+        """{cohort: weight} of --cohort-weights; empty without it."""
+        return several.pair_weights(several.list_folders(self.data_dir), self.cohort_weights)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Selection:
     held_out: list[str]
     skipped: list[str]
     different: leakage.Pairs = frozenset()  # pairs that a person declared different
+    joined: dict[str, str] = field(default_factory=dict)  # {case id: patient} of `join_patients`
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -69,6 +78,7 @@ class Selection:
             "skipped": self.skipped,
             "split_sha256": self.split["sha256"],
             "declared_different": leakage.list_pairs(self.different),
+            **({"joined_patients": self.joined} if self.joined else {}),
         }
 
 
@@ -77,10 +87,13 @@ def select_cases(source: TrainingSource, seed: int, folder: Path, resumed: bool)
 
     A resumed run keeps what its folder says already.
     """
+    _ = source.weight_of_cohort  # refuses weights that do not fit the folders, before anything is read
     different = leakage.read_different(source.different)
     all_cases, skipped = find_sound_cases(source, folder)
-    masked = with_reference(all_cases, source.data_dir)
+    masked = with_references(source, all_cases)
     check_regions(masked, source.regions)
+    joined = join_patients(source, masked, different)
+    masked = several.rename_patients(masked, joined)
     cases = hold_out(source, masked, folder, resumed)
     if likely_visits := describe_likely_visits(cases):
         log.warning("%s", likely_visits)
@@ -95,15 +108,74 @@ def select_cases(source: TrainingSource, seed: int, folder: Path, resumed: bool)
         else:
             split = choose_split(source, cases, seed, {*held_out, *skipped})
         write_json(folder / "split.json", split)
-    kind = "phantom" if is_phantom(masked[0]) else "real"
-    return Selection(cases, split, kind, held_out, skipped, different)
+    return Selection(cases, split, find_kind(masked), held_out, skipped, different, joined)
+
+
+def with_references(source: TrainingSource, cases: Sequence[Case]) -> list[Case]:
+    """Return the cases that have a mask; InputError where a cohort has none."""
+    names = several.list_cohorts(cases)
+    if len(names) < 2:
+        return with_reference(cases, source.place)
+    for name in names:
+        with_reference([case for case in cases if case.cohort == name], name)
+    return [case for case in cases if case.mask]
+
+
+def find_kind(cases: Sequence[Case]) -> str:
+    """Return "phantom" or "real"; where there are cohorts of both, the numbers are of phantoms too."""
+    first_of = {case.cohort: case for case in reversed(cases)}
+    kinds = {name: is_phantom(case) for name, case in first_of.items()}
+    if len(set(kinds.values())) > 1:
+        made = ", ".join(name for name, is_made in kinds.items() if is_made)
+        log.warning("%s holds phantoms: what is said of all cohorts is marked %s", made, PHANTOM_NOTE)
+    return "phantom" if any(kinds.values()) else "real"
+
+
+def join_patients(source: TrainingSource, cases: Sequence[Case], different: leakage.Pairs) -> dict[str, str]:
+    """Return {case id: patient} of the cases whose patient is in another cohort too, by ids or by content.
+
+    Content finds copies of a scan. Another preparation of it, such as a skull-stripped one, is found by ids
+    and mapping sheets alone.
+
+    All cases of such a patient get the first of the patient's ids, so that a split keeps them together.
+    Pairs in `different` were looked at by a person and stay two.
+    """
+    names = several.list_cohorts(cases)
+    if len(names) < 2:
+        return {}
+    channel = source.modalities.index(fingerprint_modality(source.modalities))
+    prepared = cache.prepare_cases(cases, source.modalities, source.regions, source.cache_dir)
+    identities = {
+        name: [leakage.identify_case(case, channel) for case in prepared if case.cohort == name]
+        for name in names
+    }
+    found, earlier = [], identities[names[0]]
+    for name in names[1:]:
+        found.append(leakage.find_leakage(name, identities[name], earlier, different=different))
+        earlier = [*earlier, *identities[name]]
+    pairs = leakage.select_proven(pd.concat(found, ignore_index=True))
+    for row in pairs.itertuples():
+        log.info(
+            "one patient in two cohorts, kept in one part of the split: %s by %s",
+            leakage.describe_row(row),
+            row.evidence,
+        )
+    several.warn_of_unmapped(cases)
+    patient_of = {case.case_id: case.patient_id for case in cases}
+    group_of = group_ids([patient_of[row.case], patient_of[row.training_case]] for row in pairs.itertuples())
+    first_of = {patient: min(group) for patient, group in group_of.items()}
+    return {
+        case.case_id: first_of[case.patient_id]
+        for case in cases
+        if first_of.get(case.patient_id, case.patient_id) != case.patient_id
+    }
 
 
 def find_sound_cases(source: TrainingSource, folder: Path) -> tuple[list[Case], list[str]]:
     """Return the cases of the source and the ids (or files) of those that --skip-bad leaves out."""
     if not source.skip_bad:
         cases = layouts.find_cases(source, source.modalities)
-        layouts.log_cases(cases)
+        layouts.log_cohorts(cases)
         return cases, []
     cases, problems = check.check_cohort(source, source.modalities, every_file=False)
     errors = [problem for problem in problems if problem.severity == "error"]
@@ -111,8 +183,8 @@ def find_sound_cases(source: TrainingSource, folder: Path) -> tuple[list[Case], 
     faulty = check.has_error(problems)
     sound = [case for case in cases if case.case_id not in faulty]
     if not sound:
-        raise InputError(source.data_dir, f"all {len(cases)} cases have errors", "look at them with --check")
-    layouts.log_cases(sound)
+        raise InputError(source.place, f"all {len(cases)} cases have errors", "look at them with --check")
+    layouts.log_cohorts(sound)
     for problem in errors:
         log.info("left out: %s  %s: %s", problem.case or "-", problem.file, problem.problem)
     return sound, sorted({problem.case or problem.file for problem in errors})
@@ -161,7 +233,7 @@ def check_enough_left(source: TrainingSource, masked: Sequence[Case], cases: Seq
     if left < 3 <= before and source.hold_out_dir:
         raise InputError(
             f"--hold-out-dir {source.hold_out_dir}",
-            f"{before - left} of the {before} patients in {source.data_dir} are in it and left out, see "
+            f"{before - left} of the {before} patients in {source.place} are in it and left out, see "
             f"held_out.csv; {left} remain, too few for train, validation and test",
             "hold out a cohort of other patients, or train on more",
         )
@@ -172,12 +244,12 @@ def choose_split(
 ) -> dict[str, Any]:
     """Return the split of --split, without the cases that are left out of the run, or a new one."""
     if not source.split:
-        return splits.split_cases(cases, seed)
+        return several.split_cohorts(cases, seed)
     split = splits.read_split(source.split)
     return splits.without_cases(split, left_out) if left_out else split
 
 
-def check_shown(cases: Sequence[PreparedCase], regions: Sequence[str], data_dir: str | None) -> None:
+def check_shown(cases: Sequence[PreparedCase], regions: Sequence[str], data_dir: str) -> None:
     """Raise InputError where no mask of a run holds a region: the network would learn to leave it empty."""
     for index, region in enumerate(regions):
         if not any(any(case.region_voxels[index]) for case in cases):
@@ -194,14 +266,14 @@ def prepare_parts(selection: Selection, source: TrainingSource) -> dict[str, lis
     Raises InputError where a patient is in two of them, by ids or by content.
     """
     parts = {
-        name: splits.cases_of_split(selection.cases, selection.split, name, source.data_dir)
+        name: splits.cases_of_split(selection.cases, selection.split, name, source.place)
         for name in ("train", "validation")
     }
     test_ids = set(selection.split["test"])  # of which some may be gone since
     parts["test"] = [case for case in selection.cases if case.case_id in test_ids]
     everyone = [case for members in parts.values() for case in members]
     all_prepared = cache.prepare_for_all_ranks(everyone, source.modalities, source.regions, source.cache_dir)
-    check_shown(all_prepared, source.regions, source.data_dir)
+    check_shown(all_prepared, source.regions, source.place)
     prepared = iter(all_prepared)
     by_part = {name: list(itertools.islice(prepared, len(members))) for name, members in parts.items()}
     channel = source.modalities.index(fingerprint_modality(source.modalities))

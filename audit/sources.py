@@ -1,0 +1,58 @@
+"""What an audit says of each cohort that a run was trained on, and of cases that lack modalities."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from audit.measure import summarise_all
+from cohort.cache import PreparedCase
+from cohort.preprocess import MISSING
+from cohort.several import list_cohorts
+
+
+def add_origin(rows: pd.DataFrame, cohorts: Mapping[str, Sequence[PreparedCase]]) -> pd.DataFrame:
+    """Return the per-case rows with the column "source", where the run's cases are of several cohorts.
+
+    It is the cohort that a case is from. Where cases lack modalities there is a column "missing" too.
+    """
+    cases = [(name, case) for name, own in cohorts.items() for case in own]
+    asked = pd.MultiIndex.from_frame(rows[["cohort", "case"]].replace("external_unseen", "external"))
+    if len(list_cohorts([case for name, case in cases if name != "external"])) > 1:
+        source_of = {(name, case.case_id): case.cohort for name, case in cases}
+        rows = rows.assign(source=[source_of[key] for key in asked])
+    if any(case.missing for _, case in cases):
+        missing_of = {(name, case.case_id): " ".join(case.missing) for name, case in cases}
+        rows = rows.assign(missing=[missing_of[key] for key in asked])
+    return rows
+
+
+def summarise_by_source(rows: pd.DataFrame, regions: Sequence[str], seed: int) -> dict[str, Any]:
+    """Return {"by_source": {cohort: {source: {region: as in "cohorts"}}}} of validation and internal test.
+
+    Empty where there is one source.
+    """
+    if "source" not in rows:
+        return {}
+    own = rows[rows["cohort"].isin(("validation", "internal"))]
+    summary: dict[str, Any] = {}
+    for (cohort, source), part in own.groupby(["cohort", "source"]):
+        summary.setdefault(cohort, {})[source] = summarise_all(part, regions, seed)[cohort]
+    return {"by_source": summary}
+
+
+def count_missing(cohorts: Mapping[str, Sequence[PreparedCase]]) -> dict[str, Any]:
+    """Return {"missing_modalities": {cohort: {modalities as text: cases without them}}}; empty for none."""
+    counts = {
+        name: dict(Counter(", ".join(case.missing) for case in cases if case.missing))
+        for name, cases in cohorts.items()
+    }
+    counts = {name: count for name, count in counts.items() if count}
+    return {"missing_modalities": counts} if counts else {}
+
+
+def first_present(case: PreparedCase, volume: np.ndarray) -> np.ndarray:
+    """Return the first modality (D, H, W) that a case has, of its volume (C, D, H, W)."""
+    return next((own for own in volume if not case.missing or (own != MISSING).any()), volume[0])
