@@ -21,9 +21,10 @@ GREY = "#8a94a0"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically as PNG. A name with `$` in it is text and no formula."""
+    """Write a figure atomically as PNG; a name with `$` in it is text and no formula, in UTF-8 or not."""
     for text in set(figure.findobj(Text)) - _tick_labels(figure):
         text.set_parse_math(False)
+        text.set_text(text.get_text().encode(errors="backslashreplace").decode())
     write_atomically(path, lambda target: figure.savefig(target, dpi=130))
 
 
