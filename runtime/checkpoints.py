@@ -125,7 +125,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         found = content_sha256(content) if hash_name == "sha256" else weights_sha256(content["model"])
     except Exception:  # damage can make of a tensor one that has no bytes, or none at all
         found = None
-    if found != content[hash_name]:
+    if found is None or found != content[hash_name]:
         what = "content does" if hash_name == "sha256" else "weights do"
         raise InputError(path, f"the {what} not match the SHA-256", "the file is damaged, take another copy")
     return content
