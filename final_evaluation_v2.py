@@ -1,7 +1,7 @@
 """The master audit: internal test, external test, leakage, plots and a report.
 
     python final_evaluation_v2.py                                       the newest run in results/
-    python final_evaluation_v2.py --run results/RUN --external-dir data/BraTS2019
+    python final_evaluation_v2.py --run results/RUN --external-dir data/BraTS2019    also a run of folds
     python final_evaluation_v2.py --compare results/RUN_A results/RUN_B
     python final_evaluation_v2.py --predictions DIR --data-dir D        masks that another tool made
     torchrun --nproc-per-node 2 -- final_evaluation_v2.py --run results/RUN    the same, cases shared by ranks
@@ -22,11 +22,20 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 import tyro
 
 from audit.compare import compare_runs
 from audit.figures import draw_figures
-from audit.measure import mean_uncertainty, measure_case, summarise_all
+from audit.folds import (
+    add_dice,
+    describe_average,
+    describe_fold,
+    join_cohorts,
+    join_leakage,
+    join_seen,
+)
+from audit.measure import mean_spread, mean_uncertainty, measure_case, summarise_all
 from audit.overlays import take_picture
 from audit.postprocess import postprocess, settings_of, threshold_regions
 from audit.report import log_summary, write_report
@@ -36,7 +45,9 @@ from audit.seen import attach_volumes, count_grades, identify_seen, search_leaka
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
 from cohort.cache import PreparedCase, prepare_cases, prepare_for_all_ranks
 from cohort.cases import Case, with_reference
+from cohort.ensemble import join_sha256
 from cohort.fingerprints import fingerprint_modality
+from cohort.folds import check_splits, is_run_of_folds, list_finished
 from cohort.labels import Regions
 from cohort.layouts import CaseSource, find_cases, find_cases_of_run, log_cases
 from cohort.leakage import (
@@ -48,7 +59,7 @@ from cohort.leakage import (
     unpack_identities,
 )
 from cohort.split import cases_of_split, read_split
-from inference_v2 import VIEWS, TrainedModel, choose_threads, load_model, predict_views
+from inference_v2 import VIEWS, TrainedModel, choose_threads, join_models, load_model, predict_views
 from runtime.checkpoints import newest_run
 from runtime.command import Count, Seed, command_line, run_command
 from runtime.errors import InputError
@@ -89,7 +100,7 @@ class EvaluationConfig:
     """Settings of the audit."""
 
     run: str | None = None
-    """run folder to audit; default: the newest in results/"""
+    """run folder to audit, of a run of folds out of fold; default: the newest in results/"""
     data_dir: str | None = None
     """folder with the run's cases, where it has moved since training; with --predictions that of the cases"""
     external: tyro.conf.OmitArgPrefixes[ExternalSource] = ExternalSource()
@@ -123,6 +134,106 @@ class EvaluationConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# One network, or those of all folds
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Audited(NamedTuple):
+    """What an audit of one network finds in its cohorts, or of several networks in theirs together."""
+
+    model: TrainedModel
+    audits: dict[str, "CohortAudit"]
+    leakage: pd.DataFrame
+    seen: dict[str, dict[str, int]]
+    different: Pairs
+    checkpoint_sha256: str = ""
+    split_sha256: str = ""
+    folds: Sequence[dict[str, Any]] = ()  # what the summary says of each fold
+
+
+def audit_run(config: EvaluationConfig, run: Path, folder: Path, device: torch.device) -> Audited:
+    """Audit the network of a run on its cohorts."""
+    model = load_model(run / "best.pt", device, config.amp)
+    split = read_split_of(run, model)
+    chosen = from_main(choose_cohorts(config, run, model, split) if is_main() else None)
+    audited = audit_cohorts(config, folder, model, chosen)
+    return audited._replace(checkpoint_sha256=file_sha256(run / "best.pt"), split_sha256=split["sha256"])
+
+
+def audit_folds(config: EvaluationConfig, run: Path, folder: Path, device: torch.device) -> Audited:
+    """Audit each fold's network on the cases it has not seen, and all together on the external cohort."""
+    folders = list_finished(run)
+    files = [each / "best.pt" for each in folders]
+    models = [load_model(path, device, config.amp) for path in files]
+    splits = [read_split_of(each, model) for each, model in zip(folders, models, strict=True)]
+    check_splits(run, splits)
+    whole = join_models(files, models)
+    chosen = [
+        from_main(choose_cohorts(config, *each, with_external=each[0] == folders[0]) if is_main() else None)
+        for each in zip(folders, models, splits, strict=True)
+    ]
+    parts = []
+    if external := chosen[0].pop("external", None):  # first, as all of it may have been seen
+        at_hand = {case.case_id: case for cohorts in chosen for name in cohorts for case in cohorts[name]}
+        cohorts = {"external": external, "seen": list(at_hand.values())}
+        parts.append(audit_cohorts(config, folder, whole, cohorts))
+    for number, (model, cohorts) in enumerate(zip(models, chosen, strict=True)):
+        log.info("fold %d of 0 to %d", number, len(models) - 1)
+        parts.append(audit_cohorts(config, folder, model, cohorts))
+        for audit in parts[-1].audits.values():
+            audit.rows.insert(1, "fold", number)
+    leakage = join_leakage([part.leakage for part in parts])
+    if is_main():
+        write_atomically(folder / "leakage.csv", lambda target: leakage.to_csv(target, index=False))
+    described = [describe_fold(*each) for each in zip(range(len(files)), models, files, splits, strict=True)]
+    return Audited(
+        whole,
+        join_cohorts([part.audits for part in parts]),
+        leakage,
+        join_seen([part.seen for part in parts]),
+        frozenset().union(*(part.different for part in parts)),
+        join_sha256([fold["checkpoint_sha256"] for fold in described]),
+        join_sha256([fold["split_sha256"] for fold in described]),
+        described,
+    )
+
+
+def audit_cohorts(
+    config: EvaluationConfig, folder: Path, model: TrainedModel, chosen: dict[str, list[Case]]
+) -> Audited:
+    """Search the cohorts of `choose_cohorts` for cases that a network has seen, then predict and measure."""
+    settings = (model.modalities, model.regions, config.cache_dir)
+    at_hand = [*chosen.pop("seen"), *chosen.get("validation", ())]
+    cohorts = {name: prepare_for_all_ranks(cases, *settings) for name, cases in chosen.items()}
+    training = cohorts.pop("train", [])
+    different = read_different(config.different) | recorded_pairs(model.checkpoint)
+    leakage, seen = None, None
+    if is_main():
+        mark_output_folder(folder)
+        channel = model.modalities.index(fingerprint_modality(model.modalities))
+        tested = {
+            name: [identify_case(case, channel) for case in cases]
+            for name, cases in cohorts.items()
+            if name != "validation"
+        }
+        known = identify_seen(model.checkpoint, [*training, *cohorts.get("validation", ())], channel)
+        everyone = [case for cases in tested.values() for case in cases]
+        fetch = functools.partial(fetch_seen, at_hand, settings)
+        known = attach_volumes(known, everyone, fetch, channel)
+        leakage, seen = search_leakage(folder / "leakage.csv", tested, known, config.allow_seen, different)
+    leakage, seen = from_main((leakage, seen))
+    proven = select_proven(leakage)
+
+    audits = {}
+    for cohort, cases in cohorts.items():
+        choose_threads(model, config.batch_size)
+        seen_ids = set(proven.loc[proven["cohort"] == cohort, "case"])
+        log_spacing(model, cohort, cases)
+        audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
+    return Audited(model, audits, leakage, seen, different)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The audit
 # ------------------------------------------------------------------------------------------------------------
 
@@ -145,60 +256,39 @@ def main(config: EvaluationConfig) -> None:
     set_seed(config.seed)
     run = from_main(Path(config.run) if config.run else newest_run(Path("results")))
     folder = Path(config.output) if config.output else run / "evaluation"
-    model = load_model(run / "best.pt", local_device(choose_device(config.device)), config.amp)
-    split = read_split_of(run, model)
-    chosen = from_main(choose_cohorts(config, run, model, split) if is_main() else None)
-    settings = (model.modalities, model.regions, config.cache_dir)
-    at_hand = [*chosen.pop("seen"), *chosen["validation"]]
-    cohorts = {name: prepare_for_all_ranks(cases, *settings) for name, cases in chosen.items()}
-    training = cohorts.pop("train", [])
-    different = read_different(config.different) | recorded_pairs(model.checkpoint)
-    leakage, seen = None, None
-    if is_main():
-        mark_output_folder(folder)
-        channel = model.modalities.index(fingerprint_modality(model.modalities))
-        tested = {
-            name: [identify_case(case, channel) for case in cases]
-            for name, cases in cohorts.items()
-            if name != "validation"
-        }
-        known = identify_seen(model.checkpoint, [*training, *cohorts["validation"]], channel)
-        everyone = [case for cases in tested.values() for case in cases]
-        fetch = functools.partial(fetch_seen, at_hand, settings)
-        known = attach_volumes(known, everyone, fetch, channel)
-        leakage, seen = search_leakage(folder / "leakage.csv", tested, known, config.allow_seen, different)
-    leakage, seen = from_main((leakage, seen))
-    proven = select_proven(leakage)
-
-    audits = {}
-    for cohort, cases in cohorts.items():
-        choose_threads(model, config.batch_size)
-        seen_ids = set(proven.loc[proven["cohort"] == cohort, "case"])
-        log_spacing(model, cohort, cases)
-        audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
+    audit_all = audit_folds if is_run_of_folds(run) else audit_run
+    audited = audit_all(config, run, folder, local_device(choose_device(config.device)))
     if not is_main():
         return
+    model, audits, leakage = audited.model, audited.audits, audited.leakage
     rows = join_rows(audits)
+    if audited.folds:
+        rows = rows.astype({"fold": "Int64"})  # whole numbers; external cases have none
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
+    averaged_over = "Dice per case on the native grid, mean over cases; ci95 by bootstrap over patients"
+    if audited.folds:
+        averaged_over += f"; {describe_average(rows, len(audited.folds))}"
     summary = {
         "data_kind": model.checkpoint["data_kind"],
-        "includes_seen_cases": bool(len(proven)),
-        "seen_in_training": seen,
+        "includes_seen_cases": bool(len(select_proven(leakage))),
+        "seen_in_training": audited.seen,
         "leakage_grades": count_grades(leakage),
-        "declared_different": list_pairs(different),
-        "averaged_over": "Dice per case on the native grid, mean over cases; ci95 by bootstrap over patients",
+        "declared_different": list_pairs(audited.different),
+        "averaged_over": averaged_over,
         "cohorts": summarise_all(rows, model.regions, config.seed),
         "calibration": summarise_bins(model, audits["validation"].bins),
         "postprocessing": model.checkpoint.get("postprocessing"),
         "threshold": dict(zip(model.regions, model.thresholds, strict=True)),
-        "checkpoint_sha256": file_sha256(run / "best.pt"),
-        "split_sha256": split["sha256"],
+        "checkpoint_sha256": audited.checkpoint_sha256,
+        "split_sha256": audited.split_sha256,
         "versions": describe_versions(),
         "hardware": describe_machine(model.device),
         "command": command_line(),
         "ranks": world_size(),
         "settings": dataclasses.asdict(config),
     }
+    if audited.folds:
+        summary["folds"] = add_dice(audited.folds, rows)
     write_json(folder / "summary.json", summary)
     log_summary(summary)
     counts = {cohort: audit.counts["tta"] for cohort, audit in audits.items()}
@@ -253,7 +343,11 @@ def read_split_of(run: Path, model: TrainedModel) -> dict[str, Any]:
 
 
 def choose_cohorts(
-    config: EvaluationConfig, run: Path, model: TrainedModel, split: dict[str, Any]
+    config: EvaluationConfig,
+    run: Path,
+    model: TrainedModel,
+    split: dict[str, Any],
+    with_external: bool = True,
 ) -> dict[str, list[Case]]:
     """Return the cases of validation, internal, and external where there is one.
 
@@ -271,7 +365,7 @@ def choose_cohorts(
     demo_external = Path(data_dir).with_name("phantom_external")
     if external_dir is None and model.checkpoint["data_kind"] == "phantom" and demo_external.is_dir():
         external_dir = str(demo_external)
-    if external_dir is not None:
+    if external_dir is not None and with_external:
         external = find_cases(dataclasses.replace(config.external, data_dir=external_dir), model.modalities)
         log_cases(external, "external: ")
         cohorts["external"] = with_reference(external, external_dir)
@@ -360,7 +454,9 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
     masks: dict[str, np.ndarray] = {}
     started = time.perf_counter()
     volume = case.volume
-    views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size, case.frame)
+    is_ensemble = "members" in model.checkpoint
+    spread = np.zeros(case.reference.shape, np.float32) if is_ensemble else None
+    views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size, case.frame, spread)
     seconds = time.perf_counter() - started
     reference = case.reference
     brain = case.brain if cohort == "validation" else None
@@ -373,6 +469,8 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
     whole_brain = case.brain if brain is None else brain
     uncertainties = [
         mean_uncertainty(views[:, index], masks["tta"][index], whole_brain)
+        if spread is None
+        else mean_spread(spread[index], masks["tta"][index], whole_brain)
         for index in range(len(model.regions))
     ]
     rows = []

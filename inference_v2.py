@@ -1,6 +1,7 @@
 """From a trained network and a volume to probabilities and masks; as a command, segment new cases.
 
     python inference_v2.py --checkpoint results/RUN/best.pt --input CASE_FOLDER [MORE ...]
+    python inference_v2.py --checkpoint results/RUN --input COHORT_FOLDER    of a run of folds, their mean
     torchrun --nproc-per-node 2 -- inference_v2.py --input COHORT_FOLDER    the same, cases shared by ranks
 
 Writes one NIfTI mask per case (labels as in the case's layout, its affine and header; PNG masks for PNG
@@ -35,8 +36,10 @@ from audit.output import (
     write_case,
     write_table,
 )
-from audit.postprocess import check_choices, postprocess, settings_of, threshold_regions
+from audit.postprocess import check_choices, join_settings, postprocess, settings_of, threshold_regions
 from cohort.cases import Case, load_case
+from cohort.ensemble import Members, check_members, join_checkpoints
+from cohort.folds import list_checkpoints
 from cohort.inputs import find_readable
 from cohort.layouts import CaseSource, Channel, LayoutName, find_cases_of_run, log_cases
 from cohort.preprocess import (
@@ -90,8 +93,9 @@ class InferenceConfig:
     """how files are named and placed; auto detects it by what is there"""
     slice_channel: Channel = 1
     """channel of RGB slices that holds FLAIR: 0, 1 or 2"""
-    checkpoint: str | None = None
-    """best.pt or last.pt of a run, or an ONNX file of export_v2.py; default: the newest run in results/"""
+    checkpoint: tuple[str, ...] = ()
+    """best.pt or last.pt of a run, an ONNX file of export_v2.py, or a run folder, of a run of folds all its
+    networks; of several the mean probability counts; default: the newest run in results/"""
     output: str = "predictions"
     """folder to write to; files of the cases are never replaced, there or elsewhere"""
     overwrite: bool = False
@@ -99,7 +103,8 @@ class InferenceConfig:
     skip_done: bool = False
     """leave out cases whose masks are there, by the same network and settings, of the same files"""
     probabilities: bool = False
-    """write the probabilities of each region as NIfTI, and with TTA their spread (SD) over its views"""
+    """write the probabilities of each region as NIfTI, and their spread (SD): over the networks where there
+    are several, else with TTA over its views"""
     tta: bool = True
     """average identity, horizontal and vertical flip"""
     threshold: Share | None = None
@@ -135,6 +140,11 @@ class TrainedModel:
     dtype: torch.dtype | None  # of autocast; None is float32
     checkpoint: dict[str, Any]  # as read, weights included
 
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether the network is several, whose mean probability counts."""
+        return "members" in self.checkpoint
+
     def place(self, shape: Sequence[int], frame: Frame) -> Placement:
         """Return how slices of (H, W) of a case lie in the network's input."""
         return place_case(shape, self.size, frame, self.checkpoint.get("spacing_mm"))
@@ -164,6 +174,34 @@ class TrainedModel:
 def _range(spacing: dict[str, float]) -> str:
     low, high = (f"{spacing[end]:.3g}" for end in ("low", "high"))
     return f"{low} mm" if low == high else f"{low} to {high} mm"
+
+
+def load_models(paths: Sequence[str | Path], device: torch.device, amp: bool = True) -> TrainedModel:
+    """Return the network of a checkpoint, or several as one whose probabilities are the mean of theirs.
+
+    A run folder stands for its best.pt, that of a run of folds for the best.pt of each. Raises InputError as
+    `load_model` does, and where networks cannot be averaged.
+    """
+    files = list_checkpoints(paths)
+    return join_models(files, [load_model(path, device, amp) for path in files])
+
+
+def join_models(files: Sequence[Path], models: Sequence[TrainedModel]) -> TrainedModel:
+    """Return several networks as one, a single one as it is; InputError where they cannot be averaged."""
+    if len(models) == 1:
+        return models[0]
+    checkpoints = [model.checkpoint for model in models]
+    check_members(files, checkpoints)
+    joined = join_checkpoints(files, checkpoints)
+    joined["postprocessing"] = {"settings": join_settings([settings_of(each) for each in checkpoints])}
+    thresholds = ", ".join(f"{value:.3g}" for value in joined["thresholds"])
+    log.info("the mean of %d networks, threshold %s, the mean of theirs", len(models), thresholds)
+    return dataclasses.replace(
+        models[0],
+        network=Members([model.network for model in models]),
+        thresholds=tuple(joined["thresholds"]),
+        checkpoint=joined,
+    )
 
 
 def load_model(path: str | Path, device: torch.device, amp: bool = True) -> TrainedModel:
@@ -234,8 +272,8 @@ def predict_volume(
     views = tuple(VIEWS) if tta else ("identity",)
     placement = model.place(volume.shape[2:], frame)
     probabilities = np.zeros((len(model.regions), *volume.shape[1:]), np.float32)
-    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
-        mean = output.mean(0).cpu().numpy()  # taken before anything leaves the device
+    for slices, members in _predict_members(model, volume, brain_voxels, views, batch_size, placement):
+        mean = _mean_of(members).mean(0).cpu().numpy()  # taken before anything leaves the device
         probabilities[:, slices] = unfit_slices(mean, placement).transpose(1, 0, 2, 3)
     return probabilities
 
@@ -247,17 +285,19 @@ def predict_with_spread(
     brain_voxels: Sequence[int] | None = None,
     batch_size: int = 16,
     frame: Frame = UNKNOWN_FRAME,
+    tta: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probabilities of `predict_volume` with TTA, and their standard deviation over its views.
+    """Return the probabilities of `predict_volume`, and their standard deviation.
 
-    Both (R, D, H, W) float32. The deviation is that of the three views there are (divisor 3): 0 where all
-    agree, 0.47 at most.
+    Both (R, D, H, W) float32. The deviation is that of the three views of TTA (divisor 3): 0 where all agree,
+    0.47 at most. Of an ensemble it is that of its M networks, each with its views averaged (divisor M).
     """
     placement = model.place(volume.shape[2:], frame)
+    views = tuple(VIEWS) if tta else ("identity",)
     mean = np.zeros((len(model.regions), *volume.shape[1:]), np.float32)
     spread = np.zeros_like(mean)
-    for slices, output in _predict_slices(model, volume, brain_voxels, tuple(VIEWS), batch_size, placement):
-        for moment, values in ((mean, output.mean(0)), (spread, output.std(0, correction=0))):
+    for slices, members in _predict_members(model, volume, brain_voxels, views, batch_size, placement):
+        for moment, values in ((mean, _mean_of(members).mean(0)), (spread, _spread_of(members))):
             moment[:, slices] = unfit_slices(values.cpu().numpy(), placement).transpose(1, 0, 2, 3)
     return mean, spread
 
@@ -270,20 +310,35 @@ def predict_views(
     views: Sequence[str] = tuple(VIEWS),
     batch_size: int = 16,
     frame: Frame = UNKNOWN_FRAME,
+    spread: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the probabilities of each view (V, R, D, H, W) float32; see `predict_volume`.
 
-    Every view is flipped back, so views are comparable voxel by voxel.
+    Every view is flipped back, so views are comparable voxel by voxel. `spread` (R, D, H, W), where given, is
+    filled with the deviation of `predict_with_spread`.
     """
     placement = model.place(volume.shape[2:], frame)
     probabilities = np.zeros((len(views), len(model.regions), *volume.shape[1:]), np.float32)
-    for slices, output in _predict_slices(model, volume, brain_voxels, views, batch_size, placement):
-        for view, of_view in zip(probabilities, output.cpu().numpy(), strict=True):
+    for slices, members in _predict_members(model, volume, brain_voxels, views, batch_size, placement):
+        for view, of_view in zip(probabilities, _mean_of(members).cpu().numpy(), strict=True):
             view[:, slices] = unfit_slices(of_view, placement).transpose(1, 0, 2, 3)
+        if spread is not None:
+            values = _spread_of(members).cpu().numpy()
+            spread[:, slices] = unfit_slices(values, placement).transpose(1, 0, 2, 3)
     return probabilities
 
 
-def _predict_slices(
+def _mean_of(members: Tensor) -> Tensor:
+    """Return the mean over networks (V, n, R, S, S) of probabilities (M, V, n, R, S, S)."""
+    return members.mean(0) if len(members) > 1 else members[0]
+
+
+def _spread_of(members: Tensor) -> Tensor:
+    """Return the SD (n, R, S, S) of probabilities (M, V, n, R, S, S) over networks, or over views."""
+    return members.mean(1).std(0, correction=0) if len(members) > 1 else members[0].std(0, correction=0)
+
+
+def _predict_members(
     model: TrainedModel,
     volume: np.ndarray,
     brain_voxels: Sequence[int] | None,
@@ -291,7 +346,9 @@ def _predict_slices(
     batch_size: int,
     placement: Placement,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield slice numbers and their probabilities (V, n, R, size, size) float32, on the model's device.
+    """Yield slice numbers and their probabilities (M, V, n, R, size, size) float32, on the model's device.
+
+    M is the number of networks, 1 but for an ensemble.
 
     Slabs are not cropped to the brain: squeeze-and-excitation weighs channels by means over the whole slab,
     and a network trained on whole slabs knows no others. Cropping to the brain's box saves 0.6 of the work,
@@ -311,8 +368,8 @@ def _predict_slices(
         batch = torch.cat([batch.flip(VIEWS[view]) for view in views])  # (V*n, C*K, S, S)
         passes = batch.contiguous(memory_format=torch.channels_last).split(batch_size)
         with torch.autocast(model.device.type, model.dtype, enabled=model.dtype is not None):
-            logits = torch.cat([model.network(slabs) for slabs in passes])  # (V*n, R, S, S)
-        output = torch.sigmoid(logits.float()).unflatten(0, (len(views), -1))  # (V, n, R, S, S)
+            logits = torch.cat([model.network(slabs) for slabs in passes])  # (V*n, [M,] R, S, S)
+        output = torch.sigmoid(logits.float()).unflatten(0, (len(views), -1))  # (V, n, [M,] R, S, S)
         if not output.isfinite().all():
             raise NotFiniteError(
                 "the network",
@@ -320,7 +377,8 @@ def _predict_slices(
                 "take another checkpoint, or pass --no-amp",
             )
         flipped_back = [of_view.flip(VIEWS[view]) for of_view, view in zip(output, views, strict=True)]
-        yield slices, torch.stack(flipped_back)
+        by_view = torch.stack(flipped_back)
+        yield slices, by_view.movedim(2, 0) if by_view.ndim == 6 else by_view[None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,6 +396,10 @@ def choose_inputs(
     """
     if not config.input:
         settings = model.checkpoint["config"]
+        if model.is_ensemble and "split_sha256" not in model.checkpoint:
+            raise InputError(
+                checkpoint, "its networks have no test cases in common", "name some cases by --input"
+            )
         if "data_dir" not in settings:
             raise InputError(checkpoint, "an exported network knows no test cases", "name some by --input")
         data_dir = settings["data_dir"]
@@ -377,7 +439,8 @@ def choose_output(config: InferenceConfig, model: TrainedModel) -> Output:
         "tta": config.tta,
         "postprocessing": settings_of(known) if config.postprocess else {},
     }
-    maps = (("probability", "spread") if config.tta else ("probability",)) if config.probabilities else ()
+    maps = ("probability", "spread") if has_spread(config, model) else ("probability",)
+    maps = maps if config.probabilities else ()
     return Output(
         folder=Path(config.output),
         regions=model.regions,
@@ -388,12 +451,17 @@ def choose_output(config: InferenceConfig, model: TrainedModel) -> Output:
     )
 
 
+def has_spread(config: InferenceConfig, model: TrainedModel) -> bool:
+    """Return whether there is more than one probability per voxel: of several networks, or of TTA's views."""
+    return config.tta or model.is_ensemble
+
+
 def predict_case(config: InferenceConfig, model: TrainedModel, read: ReadCase) -> Prediction:
     """Return the masks of a case, and its probabilities and their spread where they are asked for."""
     inputs = (model, read.volume, read.brain_voxels)
     spread = None
-    if config.probabilities and config.tta:
-        probabilities, spread = predict_with_spread(*inputs, config.batch_size, read.frame)
+    if config.probabilities and has_spread(config, model):
+        probabilities, spread = predict_with_spread(*inputs, config.batch_size, read.frame, config.tta)
     else:
         probabilities = predict_volume(*inputs, config.tta, config.batch_size, read.frame)
     masks = threshold_regions(probabilities, thresholds_of(config, model), model.regions)
@@ -444,12 +512,11 @@ def main(config: InferenceConfig) -> None:
     Ranks share the cases; each writes the masks and overlays of its own, the main one the table of all.
     """
     join_ranks()
-    checkpoint = Path(config.checkpoint) if config.checkpoint else newest_run(Path("results")) / "best.pt"
-    checkpoint = from_main(checkpoint)
-    model = load_model(checkpoint, local_device(choose_device(config.device)), config.amp)
+    files = from_main(list_checkpoints(config.checkpoint or newest_run(Path("results"))))
+    model = load_models(files, local_device(choose_device(config.device)), config.amp)
     failed: list[Row] = []
-    cases = from_main(choose_inputs(config, model, checkpoint, failed) if is_main() else None)
-    protect_inputs([checkpoint, *(path for case in cases for path in case.files)])
+    cases = from_main(choose_inputs(config, model, files[0], failed) if is_main() else None)
+    protect_inputs([*files, *(path for case in cases for path in case.files)])
     output = choose_output(config, model)
     if is_main():
         check_outputs(output, cases)

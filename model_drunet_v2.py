@@ -17,7 +17,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ from runtime.log import log
 WIDTHS = (64, 128, 256, 512, 1024)
 Shape = tuple[int, int, int, int]  # N, C*K, H, W
 SWITCHES = ("use_se", "use_attention", "dilated", "residual")  # parts that an ablation switches off
+SqueezeForm = Literal["slab", "head"]  # over what squeeze-and-excitation averages
+HEAD_STEP = 0.1  # of the way from a slab's darkest to its brightest: what is nearer to the darkest is air
 
 # the formatter would move the shapes out of their column
 # fmt: off
@@ -66,16 +68,21 @@ class ResidualBlock(nn.Module):
             convolution = nn.Conv2d(in_channels, out_channels, 1, bias=False)
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, head: Tensor | None = None) -> Tensor:
         """Return the block's output after its last ReLU."""
         y = self.convolutions(x)                                              # (N, out, H, W)
-        weight = self.se(y) if self.se is not None else None                  # (N, out, 1, 1)
+        weight = self.se(y, head) if self.se is not None else None            # (N, out, 1, 1)
         base = self.shortcut(x) if self.shortcut is not None else None        # (N, out, H, W)
         return F.relu(add_weighted(base, y, weight), inplace=True)            # (N, out, H, W)
 
 
 class SqueezeExcitation(nn.Module):
-    """Judge each channel by the means of all: x (N, C, H, W) -> weights in 0..1 (N, C, 1, 1)."""
+    """Judge each channel by the means of all: x (N, C, H, W) -> weights in 0..1 (N, C, 1, 1).
+
+    The means are over the whole slab, as published, or over the head alone where its share of each pixel is
+    given, `head` (N, 1, H, W). A mean over the slab also measures how much air and scalp there is. A network
+    that was trained on whole heads then misjudges every channel of a skull-stripped brain.
+    """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -83,10 +90,26 @@ class SqueezeExcitation(nn.Module):
         self.squeeze = nn.Conv2d(channels, hidden, 1)
         self.excite = nn.Conv2d(hidden, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, head: Tensor | None = None) -> Tensor:
         """Return the weights by which x is to be multiplied."""
-        hidden = F.relu(self.squeeze(_ChannelMean.apply(x)))                  # (N, C/16, 1, 1)
+        mean = _ChannelMean.apply(x) if head is None else head_mean(x, head)  # (N, C, 1, 1)
+        hidden = F.relu(self.squeeze(mean))                                   # (N, C/16, 1, 1)
         return torch.sigmoid(self.excite(hidden))                             # (N, C, 1, 1)
+
+
+def find_head(slab: Tensor) -> Tensor:
+    """Return where a slab (N, C*K, H, W) shows the head, (N, 1, H, W) of 0 and 1; 0 for a constant slab."""
+    brightness = slab.float().mean(1, keepdim=True)                           # (N, 1, H, W)
+    low, high = (edge(brightness, (2, 3), keepdim=True) for edge in (torch.amin, torch.amax))
+    return (brightness > low + HEAD_STEP * (high - low)).to(slab.dtype)       # (N, 1, H, W)
+
+
+def head_mean(x: Tensor, head: Tensor) -> Tensor:
+    """Return the mean of x (N, C, H, W) weighted by head (N, 1, H, W), (N, C, 1, 1); 0 without a head."""
+    share = head.float() / head.float().sum((2, 3), keepdim=True).clamp(min=1)  # sums to 1
+    # as a product of matrices: without a copy of x where channels are last, and fast in 16 bits
+    mean = share.to(x.dtype).flatten(2) @ x.flatten(2).transpose(1, 2)        # (N, 1, C)
+    return mean.transpose(1, 2).unsqueeze(3)                                  # (N, C, 1, 1)
 
 
 class AttentionGate(nn.Module):
@@ -129,13 +152,13 @@ class DecoderLevel(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
         self.refine = ResidualBlock(channels, channels, (1,), use_se, residual)
 
-    def forward(self, below: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, below: Tensor, skip: Tensor, head: Tensor | None = None) -> Tensor:
         """Return the level's output."""
         up = self.from_below(below)                                           # (N, C, H/2, W/2)
         up = F.interpolate(up, scale_factor=2.0, mode="bilinear")             # (N, C, H, W)
         weight = self.gate(skip, below) if self.gate is not None else None    # (N, 1, H, W)
         x = add_weighted(up, self.from_skip(skip), weight)                    # (N, C, H, W)
-        return self.refine(F.relu(self.norm(x), inplace=True))                # (N, C, H, W)
+        return self.refine(F.relu(self.norm(x), inplace=True), head)          # (N, C, H, W)
 
 
 class DRUNetV2(nn.Module):
@@ -143,14 +166,16 @@ class DRUNetV2(nn.Module):
 
     `widths` are the filters of each level, the last one the bottleneck. H and W must be multiples of 2 **
     (levels - 1), 16 by default; ValueError otherwise. `use_se`, `use_attention`, `dilated` and `residual`
-    each switch one part off, for ablations. With the attribute `checkpointing` on, a training step keeps only
-    the levels' outputs and computes what is between them again in the backward pass (Chen et al. 2016, arXiv
-    1604.06174): the same function and gradients in less memory and more time.
+    each switch one part off, for ablations; `se_form` says over what SE averages. With the attribute
+    `checkpointing` on, a training step keeps only the levels' outputs and computes what is between them again
+    in the backward pass (Chen et al. 2016, arXiv 1604.06174): the same function and gradients in less memory
+    and more time.
     """
 
     def __init__(
         self, in_channels: int = 3, num_regions: int = 1, widths: Sequence[int] = WIDTHS,
         use_se: bool = True, use_attention: bool = True, dilated: bool = True, residual: bool = True,
+        se_form: SqueezeForm = "slab",
     ) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
@@ -160,6 +185,7 @@ class DRUNetV2(nn.Module):
         self.in_channels = in_channels
         self.multiple = 2 ** (len(widths) - 1)
         self.checkpointing = False
+        self.squeezes_head = use_se and se_form == "head"
         dilations = (1, 2) if dilated else (1, 1)
         down = zip((in_channels, *widths[:-1]), widths, strict=True)          # (3, 64) ... (512, 1024)
         up = zip(widths[:0:-1], widths[-2::-1], strict=True)                  # (1024, 512) ... (128, 64)
@@ -181,13 +207,15 @@ class DRUNetV2(nn.Module):
     def forward(self, slab: Tensor) -> Tensor:
         """Return the logits of a batch of slabs; the filters beside it are those of the default widths."""
         self.check_shape(slab)
+        heads = [find_head(slab) if self.squeezes_head else None]             # (N, 1, H, W), or None
         skips = []
-        x = self.run_level(self.encoder[0], slab)                             # (N, 64, H, W)
+        x = self.run_level(self.encoder[0], slab, heads[0])                   # (N, 64, H, W)
         for level in self.encoder[1:]:
             skips.append(x)
-            x = self.run_level(level, x, pooled=True)                         # (N, 128..1024, H/2..H/16, ...)
-        for level in self.decoder:
-            x = self.run_level(level, x, skips.pop())                         # (N, 512..64, H/8..H, ...)
+            heads.append(halve(heads[-1]))                                    # (N, 1, H/2..H/16, ...)
+            x = self.run_level(level, x, heads[-1], pooled=True)              # (N, 128..1024, H/2..H/16, ...)
+        for level, head in zip(self.decoder, heads[-2::-1], strict=True):
+            x = self.run_level(level, x, skips.pop(), head)                   # (N, 512..64, H/8..H, ...)
         return self.head(x)                                                   # (N, R, H, W)
 
     def check_shape(self, slab: Tensor) -> None:
@@ -197,25 +225,36 @@ class DRUNetV2(nn.Module):
         if slab.shape[2] % self.multiple or slab.shape[3] % self.multiple:
             raise ValueError(f"H and W must be multiples of {self.multiple}, got {tuple(slab.shape[2:])}")
 
-    def run_level(self, level: nn.Module, x: Tensor, *skip: Tensor, pooled: bool = False) -> Tensor:
+    def run_level(
+        self, level: nn.Module, x: Tensor, *others: Tensor | None, pooled: bool = False
+    ) -> Tensor:
         """Return a level's output; with `pooled` x is max-pooled first."""
 
-        def run(x: Tensor, *skip: Tensor) -> Tensor:
-            return level(F.max_pool2d(x, 2) if pooled else x, *skip)
+        def run(x: Tensor, *others: Tensor | None) -> Tensor:
+            return level(F.max_pool2d(x, 2) if pooled else x, *others)
 
         is_checkpointed = self.checkpointing and self.training and torch.is_grad_enabled()
-        return run_checkpointed(level, run, x, *skip) if is_checkpointed else run(x, *skip)
+        return run_checkpointed(level, run, x, *others) if is_checkpointed else run(x, *others)
+
+
+def halve(head: Tensor | None) -> Tensor | None:
+    """Return the share of the head in each pixel of half the resolution; None stays None."""
+    return None if head is None else F.avg_pool2d(head, 2)                    # (N, 1, H/2, W/2)
 
 
 def build_network(settings: Mapping[str, Any]) -> DRUNetV2:
     """Return an untrained network for the settings of a run; ValueError where they make none.
 
     Settings hold `modalities`, `regions`, `context` (slices on each side of the one segmented) and `widths`.
-    Of the switches `use_se`, `use_attention`, `dilated` and `residual`, one that is missing is on.
+    Of the switches `use_se`, `use_attention`, `dilated` and `residual`, one that is missing is on. `se_form`
+    is "slab" where it is missing.
     """
     in_channels = len(settings["modalities"]) * (2 * settings["context"] + 1)
     switches = {name: settings.get(name, True) for name in SWITCHES}
-    return DRUNetV2(in_channels, len(settings["regions"]), tuple(settings["widths"]), **switches)
+    return DRUNetV2(
+        in_channels, len(settings["regions"]), tuple(settings["widths"]), **switches,
+        se_form=settings.get("se_form", "slab"),
+    )
 
 
 # fmt: on
@@ -289,7 +328,7 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def run_checkpointed(level: nn.Module, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def run_checkpointed(level: nn.Module, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """Return run(*inputs) and keep the inputs alone for the backward pass; `run` calls `level`."""
     return checkpoint(
         run,
@@ -445,6 +484,8 @@ class ModelConfig:
     """height and width of a slab"""
     use_se: bool = True
     """squeeze-and-excitation in every residual block"""
+    se_form: SqueezeForm = "slab"
+    """over what it averages: the whole slab, as published, or the head alone"""
     use_attention: bool = True
     """attention gates on the skips"""
     dilated: bool = True
@@ -455,7 +496,7 @@ class ModelConfig:
 
 def main(config: ModelConfig) -> None:
     """Show the network's size and cost."""
-    switches = {name: getattr(config, name) for name in SWITCHES}
+    switches = {name: getattr(config, name) for name in (*SWITCHES, "se_form")}
     shape = (1, config.in_channels, config.size, config.size)
     try:
         model = DRUNetV2(config.in_channels, config.num_regions, config.widths, **switches)

@@ -2,6 +2,7 @@
 
     python train_drunet_v2.py                                data/BraTS2021; without it the demo on phantoms
     python train_drunet_v2.py --data-dir data/cohort         your own cases
+    python train_drunet_v2.py --data-dir data/cohort --folds 5    cross-validation, see README
     python train_drunet_v2.py --resume results/RUN           go on where a run stopped
     python train_drunet_v2.py --config results/RUN/config.json    a new run with the settings of another
     python train_drunet_v2.py --init results/RUN/best.pt ...      a new run from the weights of another
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,13 +32,13 @@ import dataset_balance_v2 as dataset
 import inference_v2 as inference
 import model_drunet_v2 as model
 from audit import overlays, plots, postprocess
-from cohort import cache, initial, phantom, selection
+from cohort import cache, folds, initial, phantom, selection
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
 from runtime import checkpoints, command, cpu_threads, epoch_log, files, machine, probe, ranks, rates
 from runtime.command import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share
 from runtime.errors import InputError
-from runtime.log import log, log_to_file, progress
+from runtime.log import log, log_to_file, progress, start_log
 from runtime.state import Clock, Recipe, TrainState, start_state
 from runtime.steps import StepGuard
 from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
@@ -63,6 +64,8 @@ class TrainConfig:
     """config.json of another run, whose settings are the defaults of this one"""
     init: str | None = None
     """checkpoint whose weights the run starts from; its network and regions are the defaults"""
+    preset: Literal["published", "strong"] = "published"
+    """defaults of the settings: the published method, or what measured best on other scanners"""
     seed: Seed = 0
     """seed of weights, split, draws and augmentation"""
 
@@ -78,6 +81,8 @@ class TrainConfig:
     """filters per level, the last is the bottleneck"""
     use_se: bool = True
     """squeeze-and-excitation in every residual block"""
+    se_form: model.SqueezeForm = "slab"
+    """over what it averages: the whole slab, as published, or the head alone"""
     use_attention: bool = True
     """attention gates on the skips"""
     dilated: bool = True
@@ -112,6 +117,8 @@ class TrainConfig:
     """epochs in a row without a rise of validation Dice above 0.001; the next divides the rate by 10"""
     drop_by: Positive = 0.75
     """share of the epochs or minutes after which the rate is --min-learning-rate; above 1 never"""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """cosine: the rate falls to --min-learning-rate along a cosine of that share, whatever validation says"""
     weight_decay: NotNegative = 1e-2
     """AdamW weight decay"""
     clip_norm: Positive = 5.0
@@ -128,6 +135,8 @@ class TrainConfig:
     """share of draws that show tumour"""
     empty_share: Share = 0.02
     """share of draws that show no brain"""
+    strip: Share = 0.0
+    """share of draws whose head loses scalp and skull to a random depth, as skull stripping removes them"""
 
     # the machine
     device: machine.DeviceName = "auto"
@@ -157,6 +166,19 @@ DEMO = TrainConfig(
     warmup_steps=50,
     ema=0.98,
 )
+# What --preset sets where the command line says nothing else; benchmarks/README.md has the measurements.
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "strong": {
+        "use_se": False,
+        "strip": 0.4,
+        "schedule": "cosine",
+        "drop_by": 1.0,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-5,
+        "ema": 0.995,
+    },
+}
 # What a resumed run may change: how long it goes on and where. --epochs and --max-minutes also move the drop
 # of the learning rate (--drop-by); one that has happened stays.
 RESUMABLE = ("epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "compile")
@@ -170,21 +192,26 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         raise InputError("--config", "a resumed run has its own settings", "leave --config or --resume out")
     if typed.resume:
         return settings_of_resumed(Path(typed.resume), parse)
+    if typed.config and typed.preset != "published":
+        raise InputError(f"--preset {typed.preset}", "--config has all settings", "leave one of them out")
     if typed.config:
         settings = command.from_plain(
             TrainConfig, files.read_json(Path(typed.config), "--config", "a run's config.json")
         )
+        settings = folds.leave_run(settings)
         return parse(dataclasses.replace(settings, run=None, resume=None, rate_since=0))
     is_demo = typed.source.data_dir is None and not phantom.DEFAULT_DATA.is_dir()
+    defaults = dataclasses.replace(DEMO if is_demo else TrainConfig(), **PRESETS[typed.preset])
     if typed.init:
         own = initial.network_settings(initial.read_initial(typed.init))
-        base = command.to_plain(DEMO if is_demo else TrainConfig())
-        return parse(command.from_plain(TrainConfig, base | own))
-    return parse(DEMO) if is_demo else typed
+        return parse(command.from_plain(TrainConfig, command.to_plain(defaults) | own))
+    return parse(defaults)
 
 
 def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
     """Return the settings of a run to go on with; InputError where the command line contradicts them."""
+    if folds.is_run_of_folds(folder):
+        return settings_of_folds(folder, parse)
     checkpoint, _ = checkpoints.load_last(folder)
     saved = command.from_plain(TrainConfig, checkpoint["config"])
     defaults = dataclasses.replace(
@@ -199,13 +226,28 @@ def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> Trai
     before = command.to_plain(defaults) | {
         name: getattr(settings, name) for name in (*rates.RATES, "rate_since")
     }
+    refuse_changes(folder, settings, before, (*RESUMABLE, "resume"))
+    return settings
+
+
+def settings_of_folds(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
+    """Return the settings of a run of folds to go on with; --max-minutes stays that of each fold."""
+    saved = command.from_plain(TrainConfig, files.read_json(folder / "config.json", "--resume", "a run"))
+    place = {"results_dir": str(folder.parent), "run": folder.name, "config": None}
+    defaults = dataclasses.replace(saved, resume=str(folder), **place)
+    settings = parse(defaults)
+    refuse_changes(folder, settings, command.to_plain(defaults), (*RESUMABLE, "resume", "fold"))
+    return settings
+
+
+def refuse_changes(folder: Path, settings: TrainConfig, before: dict[str, Any], free: Sequence[str]) -> None:
+    """Raise InputError where settings that are not free are others than those of the run resumed."""
     for name, value in command.to_plain(settings).items():
-        if value != before[name] and name not in (*RESUMABLE, "resume"):
+        if value != before[name] and name not in free:
             flag = command.flag_of(name)
             raise InputError(
                 f"{flag} {value}", f"{folder} was trained with {before[name]}", "leave the flag out"
             )
-    return settings
 
 
 def share_batch(config: TrainConfig, before: int, now: int) -> TrainConfig:
@@ -243,7 +285,7 @@ class Run:
     def title(self) -> str:
         """The run's name and what its numbers are of."""
         is_real = self.facts["data_kind"] == "real"
-        return f"{self.folder.name}: {'real data' if is_real else phantom.PHANTOM_NOTE}"
+        return f"{folds.name_run(self.folder)}: {'real data' if is_real else phantom.PHANTOM_NOTE}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -448,9 +490,16 @@ def has_stalled(config: TrainConfig, state: TrainState) -> bool:
 
 def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, validation_dice: float) -> None:
     """Drop the learning rate where validation Dice stands still, or where it is time in any case."""
-    state.scheduler.step(validation_dice)
     done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
-    if max(clock.fraction_used(), done) >= config.drop_by:
+    done = max(clock.fraction_used(), done)
+    if config.schedule == "cosine":
+        share = min(done / config.drop_by, 1.0)
+        above = (config.learning_rate - config.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
+        for group in state.optimizer.param_groups:
+            group["lr"] = config.min_learning_rate + above
+        return
+    state.scheduler.step(validation_dice)
+    if done >= config.drop_by:
         for group in state.optimizer.param_groups:
             group["lr"] = min(group["lr"], config.min_learning_rate)
 
@@ -511,7 +560,7 @@ def place_run(config: TrainConfig) -> TrainConfig:
         return config
     data_dir = phantom.choose_data_dir(config.source.data_dir)
     name = config.run or f"{Path(data_dir).resolve().name}_{datetime.now():%Y%m%d_%H%M%S}"
-    if (Path(config.results_dir) / name / "last.pt").exists():
+    if checkpoints.has_last(Path(config.results_dir) / name):
         raise InputError(f"--run {name}", "this run exists", "choose another name or --resume it")
     source = dataclasses.replace(config.source, data_dir=data_dir)
     return dataclasses.replace(config, source=source, run=name)
@@ -577,7 +626,7 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
         )
     weights = dataset.balance_slices(table, config.tumour_share, config.empty_share)
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
-    slabs = dataset.SlabDataset(cases, table, config.context, config.size)
+    slabs = dataset.SlabDataset(cases, table, config.context, config.size, strip=config.strip)
     return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
 
 
@@ -630,9 +679,21 @@ def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader:
 
 
 def main(config: TrainConfig) -> None:
+    """Train a run, or the folds of one after another."""
+    ranks.join_ranks()
+    plan = folds.plan_runs(config, place_run, share_batch) if ranks.is_main() else None
+    whole, runs = ranks.from_main(plan)
+    for settings in runs:
+        start_log()  # each fold has a train.log of its own
+        train_run(settings)
+    if whole and ranks.is_main():
+        start_log()
+        folds.log_next(whole)
+
+
+def train_run(config: TrainConfig) -> None:
     """Train, validating each epoch, until the epochs, the clock or the patience runs out."""
     clock = Clock(config.max_minutes)
-    ranks.join_ranks()
     config = ranks.from_main(place_run(config) if ranks.is_main() else config)
     last = Path(config.results_dir) / config.run / "last.pt"
     checkpoint, damage = checkpoints.load_last(last.parent) if config.resume else (None, None)

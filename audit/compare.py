@@ -17,6 +17,7 @@ import pandas as pd
 from audit.plots import plot_comparison
 from audit.report import format_interval
 from audit.statistics import compare_paired
+from cohort.folds import is_run_of_folds, list_checkpoints
 from cohort.phantom import PHANTOM_NOTE
 from runtime.checkpoints import load_checkpoint
 from runtime.command import command_line
@@ -76,16 +77,31 @@ def refuse_leak(runs: Sequence[Path], rows: Sequence[pd.DataFrame]) -> None:
         if find_scores(other):
             log.warning("what the tool that made the masks of %s was trained on is not known", other)
             continue
-        seen = load_checkpoint(other / "best.pt")["seen"]  # by training and validation
-        for column, name in enumerate(("case", "patient")):
-            known = {str(entry[column]) for entry in seen}
+        for name, known in list_seen(other).items():
             if leaked := sorted(set(table[name]) & known):
                 raise InputError(
                     "--compare",
                     f"{name} {leaked[0]} is tested by {tested} and was in training or validation of "
                     f"{other} ({len(leaked)} such)",
-                    "train both on one split, with --split",
+                    "train both on one split, with --split, or both with the same --folds",
                 )
+
+
+def list_seen(run: Path) -> dict[str, set[str]]:
+    """Return the ids of the cases and patients that a run has trained or validated on.
+
+    Those that a run of folds audited as internal are not among them: that fold had not seen them.
+    """
+    seen: dict[str, set[str]] = {"case": set(), "patient": set()}
+    for path in list_checkpoints(run):
+        for case, patient, *_ in load_checkpoint(path)["seen"]:
+            seen["case"].add(str(case))
+            seen["patient"].add(str(patient))
+    if is_run_of_folds(run):
+        rows = read_rows(run)
+        for name, known in seen.items():
+            known -= set(rows.loc[rows["cohort"] == "internal", name])
+    return seen
 
 
 def find_scores(run: Path) -> dict[str, Any] | None:

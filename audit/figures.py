@@ -37,6 +37,11 @@ CAPTIONS = {
 }
 
 
+# What the captions say otherwise of a run of folds.
+FOLD_WORDS = {
+    "dice_against_uncertainty.png": ("views of TTA", "views of TTA (external: over the networks)"),
+    "precision_recall.png": ("threshold used", "mean of the folds' thresholds"),
+}
 NEED_NETWORK = ("tta_gain.png", "dice_against_uncertainty.png", "precision_recall.png", "calibration.png")
 
 
@@ -49,6 +54,8 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     captions = {
         name: caption if mode == "tta" else without_tta(caption) for name, caption in CAPTIONS.items()
     }
+    if summary.get("folds"):
+        captions |= {name: captions[name].replace(*words) for name, words in FOLD_WORDS.items()}
     log_path = results.run / "log.csv"
     epochs = pd.read_csv(log_path) if log_path.exists() else pd.DataFrame()
     if len(epochs):

@@ -69,6 +69,12 @@ def mean_uncertainty(views: np.ndarray, prediction: np.ndarray, brain: np.ndarra
     return float(views[:, voxels].std(0, dtype=np.float64).mean()) if voxels.any() else float("nan")
 
 
+def mean_spread(spread: np.ndarray, prediction: np.ndarray, brain: np.ndarray) -> float:
+    """Return `mean_uncertainty` of the networks of an ensemble in place of views, from their SD (D, H, W)."""
+    voxels = prediction if prediction.any() else brain
+    return float(spread[voxels].mean(dtype=np.float64)) if voxels.any() else float("nan")
+
+
 def summarise_cohort(rows: pd.DataFrame, seed: int) -> dict[str, Any]:
     """Return the summary of one cohort, region and mode from its per-case rows."""
     patients = rows["patient"].tolist()
@@ -83,7 +89,7 @@ def summarise_cohort(rows: pd.DataFrame, seed: int) -> dict[str, Any]:
         "n_slices": total,
         "dice_pooled": Overlap(*(int(rows[name].sum()) for name in Overlap._fields)).dice,
         **{name: int(rows[name].sum()) for name in ("lesions_tp", "lesions_fp", "lesions_fn")},
-        "n_cases": len(rows),
+        "n_cases": rows["case"].nunique(),  # of several folds, a case of validation may have several rows
         "n_patients": rows["patient"].nunique(),
         "n_empty_reference": int((rows["reference_ml"] == 0).sum()),
         "n_empty_prediction": int((rows["prediction_ml"] == 0).sum()),

@@ -1,6 +1,7 @@
 """From probabilities to masks: threshold, nesting, post-processing, and its choice on validation."""
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ TOTAL_CANDIDATES_MM3 = {"ET": (0.0, 25.0, 50.0, 100.0, 200.0, 500.0)}  # other r
 SMALLEST_GAIN = 1e-4  # of the mean Dice per case; less is no reason to touch a mask
 
 Settings = Mapping[str, Mapping[str, Any]]
+NO_CHANGE = {"min_component_mm3": 0.0, "fill_holes": False, "min_total_mm3": 0.0}
 
 
 def settings_of(checkpoint: Mapping[str, Any]) -> Settings:
@@ -53,6 +55,22 @@ def check_choices(
 
 def _is_number(value: object, allowed: Range) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and allowed.holds(value)
+
+
+def join_settings(choices: Sequence[Settings]) -> dict[str, dict[str, Any]]:
+    """Return one setting per region for the mean of several networks, each with settings of its own.
+
+    Of each figure it is the median, the lower of two, so that it is one of those chosen; holes are filled
+    where more than half of the networks fill them. A region without a setting counts as one that changes
+    nothing.
+    """
+    joined = {}
+    for region in dict.fromkeys(region for choice in choices for region in choice):
+        settings = [choice.get(region, NO_CHANGE) for choice in choices]
+        middle = {name: statistics.median_low(each[name] for each in settings) for name in NO_CHANGE}
+        if middle != NO_CHANGE:
+            joined[region] = middle
+    return joined
 
 
 def kept_components(voxels: np.ndarray, voxel_mm3: float, minimum_mm3: float) -> np.ndarray:

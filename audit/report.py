@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from audit.folds import tabulate_folds
 from audit.postprocess import describe_postprocessing
 from audit.results import AuditResults, headline_mode
 from cohort.leakage import EVIDENCE, NOTES
@@ -249,6 +250,9 @@ def describe_choices(summary: Mapping[str, Any]) -> dict[str, str]:
         words = describe_postprocessing(choice["settings"])
         words += "; plain and TTA are with it" if choice["settings"] else ""
     thresholds = ", ".join(f"{region} {value:.2f}" for region, value in summary["threshold"].items())
+    if summary.get("folds"):
+        thresholds += " (the mean of the folds' own, for external cases alone)"
+        words += " (the median of the folds' own, for external cases alone)"
     return {"threshold": thresholds, "postprocessing": words}
 
 
@@ -257,6 +261,7 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     for warning in list_warnings(summary):
         log.warning("%s", warning)
     tables = (tabulate_scores, tabulate_lesions, tabulate_calibration, tabulate_gains, tabulate_uncertainty)
+    tables += (tabulate_folds,)
     for tabulate in tables:
         table = tabulate(summary)
         if not table.empty:
@@ -264,6 +269,8 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     log.info("")
     if summary.get("predictions"):
         return
+    if summary.get("folds"):
+        log.info("%s", summary["averaged_over"])
     choices = describe_choices(summary)
     log.info("threshold, chosen on validation: %s", choices["threshold"])
     log.info("post-processing, chosen on validation: %s", choices["postprocessing"])
@@ -291,11 +298,13 @@ def write_report(path: Path, results: AuditResults, figures: Mapping[str, Path])
             "postprocessing": tabulate_postprocessing(summary),
             "calibration": tabulate_calibration(summary),
             "uncertainty": tabulate_uncertainty(summary),
+            "folds": tabulate_folds(summary),
             "worst": tabulate_worst(results.rows),
             "leakage": results.leakage,
         },
         figures={caption: base64.b64encode(plot.read_bytes()).decode() for caption, plot in figures.items()},
         provenance={name: summary[name] for name in PROVENANCE if summary[name] is not None},
         scored=summary.get("predictions"),
+        averaged_over=summary.get("averaged_over", ""),
     )
     write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))

@@ -24,7 +24,8 @@ from runtime.checkpoints import load_checkpoint
 from runtime.errors import InputError
 from runtime.log import log
 
-ARCHITECTURE = ("widths", *SWITCHES)  # what must be the same
+ARCHITECTURE = ("widths", *SWITCHES, "se_form")  # what must be the same
+IF_MISSING = dict.fromkeys(ARCHITECTURE, True) | {"se_form": "slab"}  # in settings of older runs
 NETWORK_SETTINGS = (*ARCHITECTURE, "modalities", "context", "regions", "size")
 FIRST = (
     "encoder.0.convolutions.0.weight",
@@ -92,7 +93,7 @@ def start_from(network: nn.Module, settings: Mapping[str, Any], initial: Initial
     """
     config = initial.checkpoint["config"]
     for name in ARCHITECTURE:
-        own, other = (each.get(name, True) for each in (settings, config))
+        own, other = (each.get(name, IF_MISSING[name]) for each in (settings, config))
         if list(np.atleast_1d(own)) != list(np.atleast_1d(other)):
             raise InputError(
                 f"--init {initial.path}",

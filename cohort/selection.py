@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from cohort import cache, check, layouts, leakage
+from cohort import cache, check, folds, layouts, leakage
 from cohort import split as splits
 from cohort.cache import PreparedCase
 from cohort.cases import Case, Modalities, with_reference
@@ -18,6 +18,7 @@ from cohort.labels import Regions
 from cohort.layouts import CaseSource
 from cohort.patients import describe_likely_visits
 from cohort.phantom import is_phantom
+from runtime.command import CountOrZero, FoldCount
 from runtime.errors import InputError
 from runtime.files import write_atomically, write_json
 from runtime.log import log
@@ -33,6 +34,11 @@ class TrainingSource(CaseSource):
     """tumour regions, one sigmoid each"""
     split: str | None = None
     """split.json of another run to use instead of drawing a split"""
+    folds: FoldCount | None = None
+    """train so many networks, each tested on its part of the patients, into RUN/fold_0 and so on, one after
+    another; --epochs and --max-minutes count per fold"""
+    fold: CountOrZero | None = None
+    """with --folds, train this one alone, from 0"""
     hold_out_dir: str | None = None
     """cohort kept for testing: its patients are left out by id, mapping and content of the scans"""
     different: str | None = None
@@ -84,7 +90,10 @@ def select_cases(source: TrainingSource, seed: int, folder: Path, resumed: bool)
         split = splits.read_split(folder / "split.json")
     else:
         check_enough_left(source, masked, cases)
-        split = choose_split(source, cases, seed, {*held_out, *skipped})
+        if source.folds:
+            split = folds.draw_fold(folder.parent, cases, source.folds, source.fold, seed)
+        else:
+            split = choose_split(source, cases, seed, {*held_out, *skipped})
         write_json(folder / "split.json", split)
     kind = "phantom" if is_phantom(masked[0]) else "real"
     return Selection(cases, split, kind, held_out, skipped, different)

@@ -47,6 +47,40 @@ def split_cases(
     return {"seed": seed, "fractions": list(fractions), **parts, "sha256": split_sha256(parts)}
 
 
+def split_folds(
+    cases: Sequence[Case], folds: int, seed: int = 0, validation_share: float = 0.15
+) -> list[dict[str, Any]]:
+    """Return one split per fold, by patient; over all folds each patient is a test patient once.
+
+    Patients are sorted, shuffled by the seed and dealt out in turn, so that the test parts differ by one
+    patient at most. In each fold a share of the other patients is validated on. InputError where a fold would
+    leave fewer than two patients to train and validate on.
+    """
+    patients = sorted({case.patient_id for case in cases})
+    if not 2 <= folds <= len(patients) or len(patients) - -(-len(patients) // folds) < 2:
+        raise InputError(
+            f"--folds {folds}",
+            f"not possible with {len(patients)} patient(s)",
+            "each fold needs one to test and two more",
+        )
+    order = [patients[index] for index in np.random.default_rng(seed).permutation(len(patients))]
+    splits = []
+    for fold in range(folds):
+        rest = [patient for index, patient in enumerate(order) if index % folds != fold]
+        count = max(1, min(round(validation_share * len(rest)), len(rest) - 1))
+        # the next fold validates on others of the patients that both train on
+        start = fold * len(rest) // folds
+        validation = {rest[(start + index) % len(rest)] for index in range(count)}
+        part_of = dict.fromkeys(order, "test") | dict.fromkeys(rest, "train")
+        part_of |= dict.fromkeys(validation, "validation")
+        parts = {
+            part: sorted(case.case_id for case in cases if part_of[case.patient_id] == part)
+            for part in SPLIT_PARTS
+        }
+        splits.append({"seed": seed, "fold": fold, "folds": folds, **parts, "sha256": split_sha256(parts)})
+    return splits
+
+
 def split_sha256(parts: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the case ids in train, validation and test."""
     return hashlib.sha256(json.dumps([parts[part] for part in SPLIT_PARTS]).encode()).hexdigest()

@@ -131,6 +131,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def has_last(folder: Path) -> bool:
+    """Return whether a run's folder holds a state to go on from."""
+    return any((folder / name).exists() for name in (LAST, BEFORE))
+
+
 def load_last(folder: Path) -> tuple[dict[str, Any], InputError | None]:
     """Read last.pt of a run; where that is damaged or gone, last_before.pt, with the error of last.pt."""
     try:
@@ -150,11 +155,15 @@ def fall_back(folder: Path, error: InputError) -> None:
 
 
 def newest_run(results: Path) -> Path:
-    """Return the run folder in `results` whose best.pt is newest; raises InputError where there is none."""
-    runs = sorted(results.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    """Return the run folder in `results` whose best.pt is newest, or that of one of its folds.
+
+    Raises InputError where there is none.
+    """
+    runs = {path: path.parent for path in results.glob("*/best.pt")}
+    runs |= {path: path.parent.parent for path in results.glob("*/fold_*/best.pt")}
     if not runs:
         raise InputError(results, "no run with a best.pt", "train one first: python train_drunet_v2.py")
-    return runs[-1].parent
+    return runs[max(sorted(runs), key=lambda path: path.stat().st_mtime)]
 
 
 def load_weights(network: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

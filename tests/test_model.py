@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +28,8 @@ from model_drunet_v2 import (
     count_flops,
     count_parameters,
     estimate_activation_bytes,
+    find_head,
+    head_mean,
     main,
     measure_activation_bytes,
 )
@@ -313,6 +316,63 @@ def test_se_by_hand() -> None:
     x = torch.tensor([[[[0.0, 2.0]], [[2.0, 4.0]]]])
     second = 1 / (1 + math.exp(-2))
     torch.testing.assert_close(se(x), torch.tensor([[[[0.5]], [[second]]]]))
+
+
+def test_the_head_is_what_is_brighter_than_air_by_a_tenth_of_the_range() -> None:
+    slab = torch.full((2, 2, 4, 4), -3.0)
+    slab[0, :, 1:3, 1:3] = 1.0  # brightest
+    slab[0, :, 0, 0] = -2.7  # 0.3 of 4 above air: noise
+    slab[0, :, 0, 1] = -2.5  # 0.5 of 4 above air
+    expected = torch.zeros(2, 1, 4, 4)  # the second slab is constant
+    expected[0, 0, 1:3, 1:3] = 1
+    expected[0, 0, 0, 1] = 1
+    torch.testing.assert_close(find_head(slab), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_mean_over_the_head_is_a_weighted_mean(layout: torch.memory_format) -> None:
+    x = draw(3, 5, 4, 6).to(memory_format=layout)
+    head = torch.rand(3, 1, 4, 6, generator=torch.Generator().manual_seed(1))
+    head[2] = 0
+    by_hand = np.zeros((3, 5, 1, 1))
+    for slab, channel in np.ndindex(2, 5):
+        by_hand[slab, channel] = np.average(x[slab, channel], weights=head[slab, 0])
+    np.testing.assert_allclose(head_mean(x, head).numpy(), by_hand, atol=1e-6)
+
+
+def test_se_over_the_head_does_not_see_how_much_air_there_is() -> None:
+    slab = torch.full((1, 3, 32, 32), -3.0)
+    slab[:, :, 8:24, 8:24] = draw(1, 3, 16, 16) + 1
+    wide = torch.nn.functional.pad(slab, (32, 32, 32, 32), value=-3.0)
+    changes = {}
+    for form in ("slab", "head"):
+        network = make_network(se_form=form)
+        for module in network.modules():
+            if isinstance(module, SqueezeExcitation):
+                nn.init.constant_(module.squeeze.bias, 1.0)  # so that no unit is dead
+        weights: dict[str, list[Tensor]] = {"narrow": [], "wide": []}
+        first = network.eval().encoder[0].se
+        with torch.no_grad():
+            for name, each in (("narrow", slab), ("wide", wide)):
+                first.register_forward_hook(lambda *hook, to=weights[name]: to.append(hook[2]))
+                network(each)
+                first._forward_hooks.clear()
+        changes[form] = float((weights["wide"][0] - weights["narrow"][0]).abs().max())
+    assert changes["head"] < 1e-6 < 1e-3 < changes["slab"]
+
+
+def test_se_over_the_head_trains_the_same_with_checkpointing_and_on_constant_slabs() -> None:
+    slab = draw(2, 3, 32, 32)
+    slab[1] = 0.5
+    gradients = []
+    for checkpointing in (False, True):
+        network = make_network(se_form="head")
+        network.checkpointing = checkpointing
+        network(slab).square().mean().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+        assert all(torch.isfinite(gradient).all() for gradient in gradients[-1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @settings(max_examples=25)

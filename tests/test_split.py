@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cohort.split import SPLIT_PARTS, cases_of_split, read_split, split_cases, split_sha256
+from cohort.split import SPLIT_PARTS, cases_of_split, read_split, split_cases, split_folds, split_sha256
 
 SCANS_PER_PATIENT = st.lists(st.integers(1, 4), min_size=3, max_size=40)
 
@@ -72,6 +72,41 @@ def test_each_part_gets_a_patient_whatever_the_fractions(make_cases):
 def test_fewer_than_three_patients_cannot_be_split(make_cases, input_error, scans):
     with input_error(len(scans), "3"):
         split_cases(make_cases(ids_of(scans)), 0)
+
+
+@given(
+    scans=st.lists(st.integers(1, 3), min_size=4, max_size=40),
+    folds=st.integers(2, 6),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 5),
+)
+def test_each_patient_is_tested_once_and_never_seen_by_that_fold(make_cases, scans, folds, share, seed):
+    cases, folds = make_cases(ids_of(scans)), min(folds, len(scans))
+    splits = split_folds(cases, folds, seed, share)
+    assert splits == split_folds(cases[::-1], folds, seed, share)
+    patient_of = {case.case_id: case.patient_id for case in cases}
+    tested = [case_id for split in splits for case_id in split["test"]]
+    assert sorted(tested) == sorted(patient_of)
+    counts = [len({patient_of[case_id] for case_id in split["test"]}) for split in splits]
+    assert max(counts) - min(counts) <= 1
+    for split in splits:
+        parts = [{patient_of[case_id] for case_id in split[part]} for part in SPLIT_PARTS]
+        assert all(parts)
+        assert sum(len(part) for part in parts) == len(scans) == len(set.union(*parts))
+        assert split["sha256"] == split_sha256(split)
+
+
+def test_folds_validate_on_different_patients(make_cases):
+    splits = split_folds(make_cases(ids_of([1] * 20)), 5, validation_share=0.25)
+    validations = [set(split["validation"]) for split in splits]
+    assert [len(part) for part in validations] == [4] * 5
+    assert len(set.union(*validations)) > 8
+
+
+@pytest.mark.parametrize(("patients", "folds"), [(2, 2), (3, 2), (3, 4), (9, 1)])
+def test_too_few_patients_or_folds(make_cases, input_error, patients, folds):
+    with input_error("--folds", patients):
+        split_folds(make_cases(ids_of([1] * patients)), folds)
 
 
 def write_split(path: Path, **changes: object) -> Path:

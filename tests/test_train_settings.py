@@ -2,16 +2,27 @@
 
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from cohort.selection import TrainingSource
 from runtime.checkpoints import save_checkpoint
 from runtime.command import parse, to_plain
-from train_drunet_v2 import DEMO, TrainConfig, choose_settings, place_run
+from runtime.state import Recipe, start_state
+from train_drunet_v2 import (
+    DEMO,
+    PRESETS,
+    TrainConfig,
+    choose_settings,
+    drop_rate_where_due,
+    place_run,
+)
 
 
 def choose(text: str) -> TrainConfig:
@@ -52,6 +63,38 @@ def test_with_data_nothing_is_the_demos() -> None:
     assert choose("--data-dir x") == TrainConfig(source=TrainingSource("x"))
     Path("data/BraTS2021").mkdir(parents=True)
     assert choose("") == TrainConfig()
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_preset_is_the_default_of_what_was_not_typed(input_error: object) -> None:
+    strong = choose("--data-dir x --preset strong")
+    assert strong == TrainConfig(source=TrainingSource("x"), preset="strong", **PRESETS["strong"])
+    assert not strong.use_se
+    assert choose("--data-dir x --preset published") == TrainConfig(source=TrainingSource("x"))
+    typed = choose("--data-dir x --preset strong --use-se --ema 0.5")
+    assert typed == dataclasses.replace(strong, use_se=True, ema=0.5)
+    assert choose("--preset strong") == dataclasses.replace(DEMO, preset="strong", **PRESETS["strong"])
+    with input_error("--preset strong", "--config"):
+        choose("--config results/old/config.json --preset strong")
+
+
+def test_a_cosine_falls_along_the_share_of_epochs_or_minutes() -> None:
+    config = TrainConfig(
+        schedule="cosine", epochs=10, drop_by=1.0, learning_rate=1.0, min_learning_rate=0.2, max_minutes=9.0
+    )
+    state = start_state(nn.Conv2d(1, 1, 1), Recipe(1.0, 0.2, 0, 0.0, 0.0, None))
+    for epoch, used, expected in (
+        (5, 0.0, 0.6),  # half of the epochs
+        (5, 0.75, 0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2),  # three quarters of the minutes
+        (10, 0.1, 0.2),
+    ):
+        state.epoch = epoch
+        drop_rate_where_due(config, state, SimpleNamespace(fraction_used=lambda used=used: used), 0.5)
+        assert state.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+    early = dataclasses.replace(config, drop_by=0.5)
+    state.epoch = 5
+    drop_rate_where_due(early, state, SimpleNamespace(fraction_used=lambda: 0.0), 0.5)
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
 
 
 def test_another_runs_settings_are_the_defaults_of_a_new_run(saved: TrainConfig) -> None:

@@ -1,0 +1,472 @@
+"""Networks, and ways to train one, under one loop: accuracy at home and abroad, at equal cost.
+
+    python -m benchmarks.compare_networks --entries "ours, no SE" "MONAI AttentionUnet"      run two rows
+    python -m benchmarks.compare_networks --table                                           what is there
+
+Each row is trained on patient folds of one cohort ("home") and tested on the fold's patients, and on another
+cohort ("abroad") that is never trained on. Data, balance, augmentation, sampler, optimiser, schedule and the
+choice of checkpoint and threshold on validation are the same for all. The budget of a row is the processor
+time of its training steps (forward pass, loss, backward pass, update; on a card wall clock), or with --slabs
+a number of slabs. Loading, validation and tests are not counted, as they are the same for all. A row that is
+there is not run again, so a comparison goes on where it stopped. `networks.py` lists the rows.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from audit.statistics import compare_paired, summarise
+from benchmarks.common import RESULTS, print_table
+from benchmarks.networks import ENTRIES, Entry
+from cohort.augmentation import build_augmentation
+from cohort.cache import PreparedCase, prepare_cases
+from cohort.cases import Modalities, with_reference
+from cohort.labels import Regions
+from cohort.layouts import CaseSource, find_cases
+from cohort.leakage import find_held_out, identify_case
+from cohort.split import SPLIT_PARTS, split_folds
+from dataset_balance_v2 import (
+    BalancedSampler,
+    SlabDataset,
+    balance_slices,
+    make_train_loader,
+    slice_table,
+    training_spacing,
+)
+from inference_v2 import TrainedModel, predict_views, predict_volume
+from model_drunet_v2 import DRUNetV2, count_flops, count_parameters, measure_activation_bytes, prepare_network
+from runtime.command import run_command
+from runtime.errors import InputError
+from runtime.files import write_atomically, write_json
+from runtime.log import log
+from runtime.machine import amp_dtype, choose_device, describe_machine, describe_versions, set_seed
+from runtime.state import average_weights
+from utils_v2 import THRESHOLDS, Overlap, overlap_at_thresholds
+
+WARMUP_SHARE = 0.03  # of the budget, over which the learning rate rises
+LAST_RATE = 0.01  # of the learning rate, where a cosine ends
+REFERENCE = "ours, no SE"  # what the other rows are compared with
+
+
+@dataclass(frozen=True)
+class RingConfig:
+    """Settings of the comparison."""
+
+    entries: tuple[str, ...] = ()
+    """rows to run, by their names in networks.py; none runs none"""
+    table: bool = False
+    """print the tables and draw the plots of all rows that are there"""
+    name: str = "lgg"
+    """folder in benchmarks/results/compare_networks that holds the rows"""
+    data_dir: tuple[str, ...] = ("data/lgg",)
+    """cohort that is trained on"""
+    external_dir: tuple[str, ...] = ("data/brats18", "data/brats21")
+    """cohort that is tested on alone; cases that are in both, by id or content, are left out of it"""
+    modalities: Modalities = ("flair",)
+    """modalities, in channel order"""
+    regions: Regions = ("WT",)
+    """tumour regions"""
+    cache_dir: str = "cache"
+    """folder of decoded volumes"""
+    folds: int = 5
+    """parts of the patients"""
+    only: tuple[int, ...] = (0,)
+    """folds to run"""
+    validation_share: float = 0.15
+    """share of a fold's other patients that choose checkpoint and threshold"""
+    seeds: tuple[int, ...] = (0,)
+    """seeds of weights, draws and augmentation"""
+    seconds: float = 540.0
+    """budget of a row"""
+    slabs: int | None = None
+    """budget of a row as slabs instead"""
+    validations: int = 8
+    """validations of a row, evenly over its budget"""
+    widths: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """filters per level, where a network has them"""
+    batch_size: int = 16
+    """slabs per step"""
+    learning_rate: float = 2e-3
+    """AdamW's highest learning rate"""
+    device: str = "auto"
+    """where to compute"""
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """Prepared cases of one fold."""
+
+    train: list[PreparedCase]
+    validation: list[PreparedCase]
+    home: list[PreparedCase]
+    abroad: list[PreparedCase]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cases
+# ------------------------------------------------------------------------------------------------------------
+
+
+def prepare_folders(config: RingConfig, folders: Sequence[str]) -> list[PreparedCase]:
+    """Return the prepared cases of several folders."""
+    cases = []
+    for folder in folders:
+        cases += with_reference(find_cases(CaseSource(folder), config.modalities), folder)
+    return prepare_cases(cases, config.modalities, config.regions, config.cache_dir)
+
+
+def prepare_cohorts(config: RingConfig) -> dict[int, Cohorts]:
+    """Return the cases of each fold that is asked for."""
+    home = prepare_folders(config, config.data_dir)
+    abroad = prepare_folders(config, config.external_dir)
+    known = find_held_out([identify_case(case) for case in abroad], [identify_case(case) for case in home])
+    for row in known.itertuples():
+        log.info("left out abroad: %s, %s as %s", row.case, row.evidence, row.known_as)
+    abroad = [case for case in abroad if case.case_id not in set(known["case"])]
+    by_id = {case.case_id: case for case in home}
+    cohorts = {}
+    for fold, split in enumerate(split_folds(home, config.folds, config.validation_share, seed=0)):
+        if fold in config.only:
+            parts = [[by_id[case_id] for case_id in split[part]] for part in SPLIT_PARTS]
+            cohorts[fold] = Cohorts(*parts, abroad)
+    return cohorts
+
+
+def make_batches(config: RingConfig, entry: Entry, cases: Sequence[PreparedCase], seed: int) -> DataLoader:
+    """Return the loader of a row: more slabs than any budget lasts for."""
+    table = slice_table(cases, config.regions)
+    weights = np.full(len(table), 1 / len(table))
+    if entry.tumour_share is not None:
+        weights = balance_slices(table, entry.tumour_share)
+    slabs = SlabDataset(cases, table, entry.context, entry.size)
+    slabs.augmentation = build_augmentation(entry.strip)
+    sampler = BalancedSampler(weights, 10_000_000, seed)
+    return make_train_loader(slabs, sampler, config.batch_size)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One row
+# ------------------------------------------------------------------------------------------------------------
+
+
+def scheduled_rate(schedule: str, share: float) -> float:
+    """Return the factor on the learning rate after a share (0..1) of the budget."""
+    warm = min(1.0, share / WARMUP_SHARE + 0.02)
+    if schedule == "cosine":
+        return warm * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(1.0, share))) / 2)
+    return warm * (0.1 if schedule == "drop" and share >= 0.75 else 1.0)
+
+
+@dataclass
+class Budget:
+    """What a row may use and has used."""
+
+    config: RingConfig
+    device: torch.device
+    seconds: float = 0.0
+    slabs: int = 0
+
+    def share(self) -> float:
+        """Return the share of the budget that is used."""
+        if self.config.slabs:
+            return self.slabs / self.config.slabs
+        return self.seconds / self.config.seconds
+
+    def clock(self) -> float:
+        """Return the seconds that count: of the processor on a CPU, of the wall on a card."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+
+def train_row(
+    config: RingConfig,
+    entry: Entry,
+    network: nn.Module,
+    batches: DataLoader,
+    validate: Callable[[nn.Module], np.ndarray],
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train until the budget is used; return the best network by validation Dice at 0.5, and its facts."""
+    device = choose_device(config.device)
+    dtype = amp_dtype(device, entry.amp)
+    network = network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-2)
+    average = average_weights(network, entry.average) if entry.average else None
+    budget, history, best = Budget(config, device), [], (-1.0, None, None)
+    for slab, target in batches:
+        started = budget.clock()
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * scheduled_rate(entry.schedule, budget.share())
+        network.train()
+        slab = slab.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = network(slab)
+        loss = entry.loss(logits, target.to(device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average:
+            average.update_parameters(network)
+        budget.slabs += len(slab)
+        budget.seconds += budget.clock() - started
+        if budget.share() >= (len(history) + 1) / config.validations:
+            evaluated = average.module if average else network
+            sweep = validate(evaluated)  # (R, T), mean over cases
+            score = float(sweep[:, np.argmin(abs(THRESHOLDS - 0.5))].mean())
+            history.append({"seconds": budget.seconds, "slabs": budget.slabs, "validation_dice": score})
+            log.info("  %3.0f s  %6d slabs  validation %.4f", budget.seconds, budget.slabs, score)
+            if score > best[0]:
+                best = (score, copy.deepcopy(evaluated), sweep)
+        if budget.share() >= 1:
+            break
+    score, kept, sweep = best
+    if kept is None:
+        raise InputError("the network", "has never had a finite validation Dice", "see networks.py")
+    facts = {"seconds": budget.seconds, "slabs": budget.slabs, "validation_dice": score, "history": history}
+    facts["thresholds"] = [float(THRESHOLDS[index]) for index in sweep.argmax(1)]
+    return kept, facts
+
+
+def as_model(
+    config: RingConfig, entry: Entry, network: nn.Module, spacing: Any, thresholds: Sequence[float] = ()
+) -> TrainedModel:
+    """Return a network as a model ready to predict."""
+    device = choose_device(config.device)
+    dtype = amp_dtype(device, entry.amp)
+    if isinstance(network, DRUNetV2):
+        ready = prepare_network(network, device, dtype)
+    else:
+        ready = copy.deepcopy(network).eval()
+        if hasattr(ready, "decoder") and hasattr(ready.decoder, "deep_supervision"):
+            ready.decoder.deep_supervision = False
+    return TrainedModel(
+        network=ready,
+        modalities=config.modalities,
+        regions=config.regions,
+        context=entry.context,
+        size=entry.size,
+        thresholds=tuple(thresholds) or (0.5,) * len(config.regions),
+        device=device,
+        dtype=dtype,
+        checkpoint={"spacing_mm": spacing},
+    )
+
+
+def sweep_validation(model: TrainedModel, cases: Sequence[PreparedCase]) -> np.ndarray:
+    """Return Dice (R, len(THRESHOLDS)), mean over cases, no TTA."""
+    dice = np.zeros((len(cases), len(model.regions), len(THRESHOLDS)))
+    for index, case in enumerate(cases):
+        output = predict_volume(model, case.volume, case.brain_voxels, tta=False, frame=case.frame)
+        for region, (probability, reference) in enumerate(zip(output, case.reference, strict=True)):
+            counts = overlap_at_thresholds(probability, reference, THRESHOLDS)
+            dice[index, region] = [Overlap(*row).dice for row in counts.tolist()]
+    return dice.mean(0)
+
+
+def test_cases(model: TrainedModel, cases: Sequence[PreparedCase]) -> list[dict[str, Any]]:
+    """Return a row per case, region and mode with its Dice at the model's thresholds."""
+    rows = []
+    for case in cases:
+        views = predict_views(model, case.volume, case.brain_voxels, frame=case.frame)  # (V, R, D, H, W)
+        for mode, output in (("plain", views[0]), ("tta", views.mean(0))):
+            for region, name in enumerate(model.regions):
+                counts = overlap_at_thresholds(
+                    output[region], case.reference[region], np.array([model.thresholds[region]])
+                )
+                row = {"case": case.case_id, "patient": case.patient_id, "region": name, "mode": mode}
+                rows.append(row | {"dice": Overlap(*counts[0].tolist()).dice})
+    return rows
+
+
+def measure_cost(config: RingConfig, entry: Entry, network: nn.Module) -> dict[str, float]:
+    """Return parameters, GFLOP per slab and the memory of a training step's activations at the batch size."""
+    channels = len(config.modalities) * (2 * entry.context + 1)
+    shape = (config.batch_size, channels, entry.size, entry.size)
+    dtype = torch.bfloat16 if entry.amp else None
+    facts = {"parameters": count_parameters(network)}
+    facts["activation_gb"] = measure_activation_bytes(network, (2, *shape[1:]), dtype) * shape[0] / 2 / 1e9
+    facts["gflop"] = count_flops(network, (1, *shape[1:])) / 1e9
+    network.train()
+    return facts
+
+
+def run_row(config: RingConfig, name: str, fold: int, seed: int, cohorts: Cohorts) -> None:
+    """Train and test a row, and write it."""
+    entry = ENTRIES[name]
+    set_seed(seed)
+    channels = len(config.modalities) * (2 * entry.context + 1)
+    network = entry.build(channels, len(config.regions), config.widths)
+    cost = measure_cost(config, entry, network)
+    log.info("%s, fold %d, seed %d: %.2f M parameters", name, fold, seed, cost["parameters"] / 1e6)
+    spacing = training_spacing(cohorts.train, entry.size)
+    batches = make_batches(config, entry, cohorts.train, seed)
+
+    def validate(evaluated: nn.Module) -> np.ndarray:
+        return sweep_validation(as_model(config, entry, evaluated, spacing), cohorts.validation)
+
+    kept, facts = train_row(config, entry, network, batches, validate)
+    model = as_model(config, entry, kept, spacing, facts["thresholds"])
+    row = {"entry": name, "fold": fold, "seed": seed, **cost, **facts}
+    row |= {"home": test_cases(model, cohorts.home), "abroad": test_cases(model, cohorts.abroad)}
+    row |= {"settings": dataclasses.asdict(config), "hardware": describe_machine(model.device)}
+    row |= {"threads": torch.get_num_threads(), "versions": describe_versions()}
+    write_json(row_path(config, name, fold, seed), row)
+    for place in ("home", "abroad"):
+        table = pd.DataFrame(row[place])
+        log.info("  %s: %s", place, table.groupby("mode")["dice"].mean().round(3).to_dict())
+
+
+def folder_of(config: RingConfig) -> Path:
+    """Return the folder of the rows of one cohort and budget."""
+    budget = f"{config.slabs}_slabs" if config.slabs else f"{config.seconds:g}_s"
+    return RESULTS / "compare_networks" / f"{config.name}_{budget}"
+
+
+def row_path(config: RingConfig, name: str, fold: int, seed: int) -> Path:
+    """Return the file of a row."""
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return folder_of(config) / f"{plain}_fold{fold}_seed{seed}.json"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables and plots
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(config: RingConfig) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows that are there, by entry, in the order of ENTRIES."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ENTRIES}
+    for path in sorted(folder_of(config).glob("*_fold*_seed*.json")):
+        row = json.loads(path.read_text())
+        rows.setdefault(row["entry"], []).append(row)
+    return {name: found for name, found in rows.items() if found}
+
+
+def dice_of(rows: Sequence[dict[str, Any]], place: str, mode: str) -> pd.DataFrame:
+    """Return Dice per case and region, the mean over folds and seeds that tested it, with its patient."""
+    table = pd.concat([pd.DataFrame(row[place]) for row in rows])
+    table = table[table["mode"] == mode]
+    return table.groupby(["case", "patient", "region"], as_index=False)["dice"].mean()
+
+
+def shared_rows(
+    one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of both whose fold and seed both have."""
+
+    def key(row: dict[str, Any]) -> tuple[int, int]:
+        return row["fold"], row["seed"]
+
+    both = {key(row) for row in one} & {key(row) for row in other}
+    return [row for row in one if key(row) in both], [row for row in other if key(row) in both]
+
+
+def describe(summary: dict[str, Any], style: str) -> str:
+    """Return mean and interval as text."""
+    mean = format(summary["mean"], style)
+    if summary["ci95"] is None:
+        return mean
+    return f"{mean} ({format(summary['ci95'][0], style)} to {format(summary['ci95'][1], style)})"
+
+
+def tabulate(rows: dict[str, list[dict[str, Any]]], region: str) -> Iterator[dict[str, Any]]:
+    """Yield a line per entry: Dice at home and abroad, the paired difference to the reference, cost."""
+    for name, own in rows.items():
+        line: dict[str, Any] = {"network": name, "runs": len(own)}
+        for place in ("home", "abroad"):
+            for mode in ("plain", "tta"):
+                dice = dice_of(own, place, mode)
+                dice = dice[dice["region"] == region]
+                line[f"{place} {mode}"] = describe(summarise(dice["dice"], dice["patient"]), ".3f")
+                line[f"n {place}"] = len(dice)
+            if name != REFERENCE and REFERENCE in rows:
+                ours, theirs = shared_rows(own, rows[REFERENCE])
+                if not ours:
+                    continue
+                keys = ["case", "patient", "region"]
+                paired = dice_of(ours, place, "tta").merge(dice_of(theirs, place, "tta"), on=keys)
+                paired = paired[paired["region"] == region]
+                change = compare_paired(paired["dice_x"], paired["dice_y"], paired["patient"])
+                line[f"{place} minus reference"] = describe(change, "+.3f")
+                line[f"{place} p"] = round(change["p_sign_flip"], 4)
+        slabs, seconds = (sum(row[key] for row in own) for key in ("slabs", "seconds"))
+        line |= {"slabs": slabs // len(own), "slabs/s": round(slabs / seconds, 1)}
+        line |= {"M parameters": round(own[0]["parameters"] / 1e6, 2), "GFLOP": round(own[0]["gflop"], 2)}
+        line |= {"activations GB": round(own[0]["activation_gb"], 2)}
+        yield line
+
+
+def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
+    """Draw Dice at home and abroad against GFLOP per slab."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
+    for axis, place in zip(axes, ("home", "abroad"), strict=True):
+        dice = table[f"{place} tta"].str.split().str[0].astype(float)
+        is_ours = ~table["network"].str.startswith(("MONAI", "nnU-Net", "smp"))
+        for kind, colour in ((is_ours, "#0072b2"), (~is_ours, "#d55e00")):
+            axis.scatter(table["GFLOP"][kind], dice[kind], s=26, color=colour)
+        for name, x, y in zip(table["network"], table["GFLOP"], dice, strict=True):
+            axis.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6.5)
+        axis.set_xscale("log")
+        axis.set_xlabel("GFLOP per slab")
+        axis.set_ylabel(f"{region} Dice per case with TTA, mean over {table[f'n {place}'].iloc[0]} cases")
+        axis.set_title(place)
+        axis.grid(alpha=0.3)
+    write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=130))
+    pyplot.close(figure)
+
+
+def show_tables(config: RingConfig) -> None:
+    """Print and write the table of each region, and draw it."""
+    rows = read_rows(config)
+    if not rows:
+        raise InputError(folder_of(config), "no row is there", "name some by --entries")
+    for region in config.regions:
+        table = pd.DataFrame(list(tabulate(rows, region)))
+        print_table(table.to_dict("records"))
+        folder = folder_of(config)
+        write_atomically(
+            folder / f"table_{region}.csv", lambda target, t=table: t.to_csv(target, index=False)
+        )
+        plot_cost(folder / f"cost_{region}.png", table, region)
+
+
+def main(config: RingConfig) -> None:
+    """Run the rows that are asked for and not there yet; print the tables."""
+    if unknown := sorted(set(config.entries) - ENTRIES.keys()):
+        raise InputError(f"--entries {unknown[0]!r}", "no such row", f"one of: {'; '.join(ENTRIES)}")
+    wanted = [
+        (name, fold, seed)
+        for seed in config.seeds
+        for fold in config.only
+        for name in config.entries
+        if not row_path(config, name, fold, seed).exists()
+    ]
+    cohorts = prepare_cohorts(config) if wanted else {}
+    for name, fold, seed in wanted:
+        run_row(config, name, fold, seed, cohorts[fold])
+    if config.table:
+        show_tables(config)
+
+
+if __name__ == "__main__":
+    run_command(main, RingConfig, "Compare networks and ways to train under one loop.")
