@@ -9,6 +9,7 @@ every file of it, or removes the cache:
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ from runtime.command import Share, run_command
 from runtime.errors import InputError
 from runtime.files import check_output, write_output
 from runtime.log import log
+from runtime.ranks import gather_shares
 
 # ------------------------------------------------------------------------------------------------------------
 # Balance
@@ -294,6 +296,17 @@ def make_train_loader(
         worker_init_fn=start_worker,
         multiprocessing_context=start_method if workers else None,
     )
+
+
+def name_cases(loader: DataLoader, first: int, last: int) -> list[str]:
+    """Return the ids of the cases in the batches `first` to `last` of this epoch, on all ranks, sorted.
+
+    The sampler draws the same each time it is asked, so no batch need say what it is of.
+    """
+    keys = itertools.islice(loader.sampler, first * loader.batch_size, (last + 1) * loader.batch_size)
+    slabs = loader.dataset
+    mine = {slabs.cases[slabs.rows[row][0]].case_id for row, _ in keys}
+    return sorted(set().union(*gather_shares([mine])))
 
 
 # ------------------------------------------------------------------------------------------------------------

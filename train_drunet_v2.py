@@ -17,13 +17,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 import tyro
 from torch import nn
@@ -36,11 +35,12 @@ from audit import overlays, plots, postprocess
 from cohort import cache, folds, initial, phantom, selection, several
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
-from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks, rates
+from runtime import checkpoints, command, cpu_threads, epoch_log, files, machine, probe, ranks, rates
 from runtime.command import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share
 from runtime.errors import InputError
 from runtime.log import log, log_to_file, progress, start_log
 from runtime.state import Clock, Recipe, TrainState, start_state
+from runtime.steps import StepGuard
 from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
 
 # ------------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> Trai
     """Return the settings of a run to go on with; InputError where the command line contradicts them."""
     if folds.is_run_of_folds(folder):
         return settings_of_folds(folder, parse)
-    checkpoint = checkpoints.load_checkpoint(folder / "last.pt")
+    checkpoint, _ = checkpoints.load_last(folder)
     saved = command.from_plain(TrainConfig, checkpoint["config"])
     defaults = dataclasses.replace(
         saved,
@@ -281,6 +281,7 @@ class Run:
     facts: dict[
         str, Any
     ]  # data_kind, held_out, skipped, split_sha256, spacing_mm, and the identities of the cases seen
+    records: dict[str, bytes] = field(default_factory=dict)  # files that resuming and the audit need
 
     @property
     def title(self) -> str:
@@ -299,7 +300,8 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
 
     The Dice is of the slabs drawn (augmented, balanced), pooled over the epoch, at probability 0.5: a sign of
     progress, not a result. Counts stay on the device and are read every 10 steps. Of several ranks each runs
-    its share of every batch; the loss pools its Dice counts over them, so it is that of the whole batch.
+    its share of every batch; the loss pools its Dice counts over them, so it is that of the whole batch. A
+    step whose gradient is not finite is left out (`StepGuard`).
     """
     config, device = run.config, run.device
     state.network.train()
@@ -308,6 +310,7 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
     loss_function = HybridFocalDiceLoss(config.focal_weight, config.dice_weight, pool=pool)
     warmup_steps = min(config.warmup_steps, len(loader) // config.accumulate)
     totals = torch.zeros(4, device=device)  # loss, overlap, predicted + reference voxels, steps
+    guard = StepGuard(state, totals, functools.partial(dataset.name_cases, loader), remedy_of(run, state))
     start, waited_s, slabs = time.perf_counter(), 0.0, 0
     steps = progress(loader, f"epoch {state.epoch + 1}/{config.epochs}", "step")
     asked = time.perf_counter()
@@ -321,9 +324,9 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
                 logits = state.forward(slab)  # (N, R, S, S)
             loss = loss_function(logits, target)
             state.scaler.scale(loss / config.accumulate).backward()
+        totals = totals + count_step(loss, logits, target)
         if is_update_step:
-            update_weights(config, state, warmup_steps)
-        totals += count_step(loss, logits, target)
+            totals = guard.judge(update_weights(config, state, warmup_steps), totals, index)
         slabs += len(slab)
         is_last = clock.is_out()
         if index % 10 == 0 or index + 1 == len(loader) or is_last:
@@ -334,24 +337,46 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
             break
         asked = time.perf_counter()
     seconds = time.perf_counter() - start
-    if ranks.world_size() > 1:
-        figures = running_figures(ranks.sum_counts(totals))
+    if not is_update_step and not ranks.sum_counts(totals).isfinite().all():
+        totals = guard.leave_out(index)  # batches that fill no step: none has looked at their gradient
+    figures = running_figures(ranks.sum_counts(totals))
+    if not math.isfinite(figures["train_loss"]):
+        raise InputError("the loss", f"was finite in no step of epoch {state.epoch + 1}", guard.remedy)
     speed = slabs * ranks.world_size() / seconds
-    return figures | {"slabs_per_second": speed, "waiting_share": waited_s / seconds}
+    figures |= {"slabs_per_second": speed, "waiting_share": waited_s / seconds}
+    return figures | {"steps_left_out": guard.left_out, "steps_overflowed": guard.overflowed}
 
 
-def update_weights(config: TrainConfig, state: TrainState, warmup_steps: int) -> None:
-    """Move the weights by the gradients added up since the last time, and their average after them."""
+def remedy_of(run: Run, state: TrainState) -> str:
+    """Return where a run stands whose numbers are no longer finite, and how to go on from there."""
+    if not state.epoch:
+        return "take a lower --learning-rate or --no-amp"
+    return (
+        f"{run.folder} stands at epoch {state.epoch}: start a run from its weights with --init "
+        f"{run.folder / 'best.pt'} and a lower --learning-rate or --no-amp"
+    )
+
+
+def update_weights(config: TrainConfig, state: TrainState, warmup_steps: int) -> bool:
+    """Move the weights by the gradients added up since the last time, and their average after them.
+
+    Returns whether the norm of these gradients is finite; where it is not, nothing moves. To know it the host
+    waits for the card once per step, for which the card waits no longer than the next kernel takes to launch.
+    """
     if state.step < warmup_steps:
         state.optimizer.param_groups[0]["lr"] = config.learning_rate * (state.step + 1) / warmup_steps
     state.scaler.unscale_(state.optimizer)
-    nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
+    norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
+    is_finite = bool(norm.isfinite())
+    if is_finite or state.scaler.is_enabled():  # a scaler steps over what is not finite and lowers its scale
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    if state.average:
-        state.average.update_parameters(state.network)
+    if is_finite:
+        state.step += 1
+        if state.average:
+            state.average.update_parameters(state.network)
+    return is_finite
 
 
 @torch.no_grad()
@@ -363,11 +388,10 @@ def count_step(loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -
 
 
 def running_figures(totals: torch.Tensor) -> dict[str, float]:
-    """Return mean loss and pooled Dice of the totals of `count_step`."""
+    """Return mean loss (NaN over no step) and pooled Dice of the totals of `count_step`."""
     loss, overlap, both, steps = totals.tolist()
-    if not math.isfinite(loss):
-        raise InputError("the loss", "is no longer finite", "take a lower --learning-rate or --no-amp")
-    return {"train_loss": loss / steps, "train_dice": 2 * overlap / both if both else 1.0}
+    mean = loss / steps if steps else math.nan
+    return {"train_loss": mean, "train_dice": 2 * overlap / both if both else 1.0}
 
 
 def validate(
@@ -410,6 +434,14 @@ def as_trained_model(run: Run, state: TrainState) -> inference.TrainedModel:
     )
 
 
+def validate_epoch(run: Run, state: TrainState, cases: Sequence[cache.PreparedCase]) -> np.ndarray:
+    """Return what `validate` does of the weights as they are now; its error says where the run stands."""
+    try:
+        return validate(as_trained_model(run, state), cases, run.config.batch_size)
+    except inference.NotFiniteError as error:
+        raise InputError(error.place, error.problem, remedy_of(run, state)) from error
+
+
 def finish_epoch(
     run: Run, state: TrainState, clock: Clock, figures: dict[str, float], dice: np.ndarray
 ) -> None:
@@ -417,7 +449,8 @@ def finish_epoch(
     config = run.config
     at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))].mean(0)  # (R,)
     rate = state.optimizer.param_groups[0]["lr"]  # of the epoch that ends
-    is_better = float(at_half.mean()) > state.best_dice
+    is_best_gone = ranks.from_main(state.best_epoch > 0 and not (run.folder / "best.pt").exists())
+    is_better = float(at_half.mean()) > state.best_dice or is_best_gone
     if is_better:
         state.best_dice, state.best_epoch = float(at_half.mean()), state.epoch
     drop_rate_where_due(config, state, clock, float(at_half.mean()))
@@ -428,7 +461,11 @@ def finish_epoch(
             f"validation_dice_{name}": float(v)
             for name, v in zip(config.source.regions, at_half, strict=True)
         }
-        write_log(run, row | {"peak_memory_gb": peak_gb})
+        row |= {"peak_memory_gb": peak_gb}
+        state.log = [*state.log, {name: str(value) for name, value in row.items()}]
+        files.restore_files(run.folder, run.records)
+        if is_best_gone:
+            log.warning("%s is gone: this epoch is kept in its place", run.folder / "best.pt")
         if is_better:
             write_best(run, state, dice)
         settings = {"config": command.to_plain(config), "ranks": ranks.world_size()}
@@ -442,6 +479,15 @@ def finish_epoch(
         f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
         f"peak {peak_gb:.2f} GiB"
     )
+    if ranks.is_main():  # after the checkpoint, from which what fails here can be made again
+        table = epoch_log.write_rows(run.folder / "log.csv", state.log)
+        path = run.folder / "curves.png"
+        plots.try_to_draw(path, lambda: plots.plot_curves(path, table, run.title))
+
+
+def has_stalled(config: TrainConfig, state: TrainState) -> bool:
+    """Return whether validation Dice has not risen for --early-stop epochs."""
+    return state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop
 
 
 def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, validation_dice: float) -> None:
@@ -458,17 +504,6 @@ def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, va
     if done >= config.drop_by:
         for group in state.optimizer.param_groups:
             group["lr"] = min(group["lr"], config.min_learning_rate)
-
-
-def write_log(run: Run, row: dict[str, Any]) -> None:
-    """Add an epoch to log.csv, in place of what an earlier attempt left, and draw the curves."""
-    path = run.folder / "log.csv"
-    table = pd.DataFrame([row]).astype(str)  # as text, so that no earlier figure is rounded again
-    if path.exists():
-        before = pd.read_csv(path, dtype=str)
-        table = pd.concat([before[before["epoch"].astype(int) < row["epoch"]], table], ignore_index=True)
-    files.write_atomically(path, lambda target: table.to_csv(target, index=False))
-    plots.plot_curves(run.folder / "curves.png", table.apply(pd.to_numeric), run.title)
 
 
 def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
@@ -536,7 +571,7 @@ def place_run(config: TrainConfig) -> TrainConfig:
         config.run
         or f"{'_'.join(several.name_cohorts(several.list_folders(data_dir)))}_{datetime.now():%Y%m%d_%H%M%S}"
     )
-    if (Path(config.results_dir) / name / "last.pt").exists():
+    if checkpoints.has_last(Path(config.results_dir) / name):
         raise InputError(f"--run {name}", "this run exists", "choose another name or --resume it")
     source = dataclasses.replace(config.source, data_dir=data_dir)
     return dataclasses.replace(config, source=source, run=name)
@@ -623,7 +658,9 @@ def open_run(
         made = {"command": command.command_line(), "ranks": ranks.world_size()}
         made |= {"hardware": machine.describe_machine(device), "versions": machine.describe_versions()}
         files.write_json(folder / "config.json", {**command.to_plain(config), **chosen.facts, **made})
-    return Run(config, folder, device, dtype, chosen.facts), chosen
+    names = ("config.json", "split.json", "skipped.csv", "held_out.csv")
+    records = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    return Run(config, folder, device, dtype, chosen.facts, records), chosen
 
 
 def choose_threads(run: Run, network: nn.Module) -> None:
@@ -638,9 +675,9 @@ def draw_first_batch(run: Run, loader: DataLoader) -> None:
     """Draw the first training batch, as the network sees it, into batch.png."""
     keys = itertools.islice(loader.sampler, run.config.batch_size)
     slabs, targets = zip(*(loader.dataset[key] for key in keys), strict=True)
-    overlays.plot_batch(
-        run.folder / "batch.png", torch.stack(slabs), torch.stack(targets), run.config.context, run.title
-    )
+    batch = (torch.stack(slabs), torch.stack(targets), run.config.context, run.title)
+    path = run.folder / "batch.png"
+    plots.try_to_draw(path, lambda: overlays.plot_batch(path, *batch))
 
 
 def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader: DataLoader) -> None:
@@ -672,7 +709,7 @@ def train_run(config: TrainConfig) -> None:
     clock = Clock(config.max_minutes)
     config = ranks.from_main(place_run(config) if ranks.is_main() else config)
     last = Path(config.results_dir) / config.run / "last.pt"
-    checkpoint = checkpoints.load_checkpoint(last) if config.resume else None
+    checkpoint, damage = checkpoints.load_last(last.parent) if config.resume else (None, None)
     if checkpoint:
         config = share_batch(config, checkpoint.get("ranks", 1), ranks.world_size())
     device = ranks.local_device(machine.choose_device(config.device))
@@ -683,9 +720,14 @@ def train_run(config: TrainConfig) -> None:
     state = make_state(config, device, dtype, weights)
     run, chosen = open_run(config, device, dtype)
     if checkpoint:
+        state.log = epoch_log.resume_rows(run.folder / "log.csv", checkpoint)
         state.restore(checkpoint, last)
         if config.rate_since != checkpoint["config"].get("rate_since", 0):
             state.restart_rate(config.learning_rate, config.min_learning_rate)
+    if damage:
+        ranks.wait_for_all()  # until each rank has read it
+        if ranks.is_main():
+            checkpoints.fall_back(run.folder, damage)
     cases = selection.prepare_parts(chosen, config.source)
     run.facts.update(initial.find_facts(config.init, weights, checkpoint, cases))
     run.facts["spacing_mm"] = dataset.training_spacing(cases["train"], config.size)
@@ -698,7 +740,9 @@ def train_run(config: TrainConfig) -> None:
         draw_first_batch(run, loader)
 
     minutes_before, first_epoch = state.minutes, state.epoch
-    while state.epoch < config.epochs and (state.epoch == first_epoch or not clock.is_out()):
+    while state.epoch < config.epochs and not has_stalled(config, state):
+        if state.epoch > first_epoch and clock.is_out():
+            break
         choose_threads(run, state.network)
         loader.sampler.epoch = state.epoch
         figures = train_one_epoch(run, state, loader, clock)
@@ -706,7 +750,7 @@ def train_run(config: TrainConfig) -> None:
         ranks.average_buffers(state.network)
         if state.average:
             ranks.average_buffers(state.average.module)
-        dice = validate(as_trained_model(run, state), cases["validation"], config.batch_size)
+        dice = validate_epoch(run, state, cases["validation"])
         figures |= several.score_cohorts(
             cases["validation"], dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))], config.source.regions
         )
@@ -714,9 +758,8 @@ def train_run(config: TrainConfig) -> None:
         state.epoch += 1
         state.minutes = minutes_before + clock.minutes()
         finish_epoch(run, state, clock, figures, dice)
-        if state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop:
-            log.info(f"no better validation Dice for {config.early_stop} epochs: stopping early")
-            break
+    if has_stalled(config, state):
+        log.info(f"no better validation Dice for {config.early_stop} epochs: stopping early")
     log.info(
         f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over "
         f"{len(cases['validation'])} cases, threshold 0.5, no TTA"

@@ -133,14 +133,17 @@ def overlap_at_thresholds(
     """Return TP, FP and FN of `probability >= t` for each of the ascending thresholds, shape (T, 3) int64.
 
     `probability` float32 and `reference` bool of one shape. Two histograms stand in for a pass over the
-    voxels per threshold; the counts equal those of `count_overlap` at each.
+    voxels per threshold; the counts equal those of `count_overlap` at each. Raises ValueError where a
+    probability is not finite, as a histogram would leave it out and both masks would look empty.
     """
+    if not np.isfinite(probability).all():
+        raise ValueError("probabilities are not finite")
     edges = np.concatenate([[-np.inf], np.asarray(thresholds, np.float32), [np.inf]])
     inside = np.histogram(probability[reference], edges)[0]
     outside = np.histogram(probability[~reference], edges)[0]
     tp = inside[::-1].cumsum()[::-1][1:]  # voxels of the reference at or above each threshold
     fp = outside[::-1].cumsum()[::-1][1:]
-    return np.stack([tp, fp, inside.sum() - tp], axis=1)
+    return np.stack([tp, fp, np.count_nonzero(reference) - tp], axis=1)
 
 
 # Marching-cubes surface of the 2 x 2 x 2 voxels around a lattice point: the triangles' area vectors, as

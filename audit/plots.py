@@ -1,14 +1,18 @@
 """Charts of a run and of its audit. Every figure says over what its numbers are."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axis import Axis, Tick
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from audit.results import headline_mode
 from runtime.files import write_atomically
+from runtime.log import log
 
 mpl.use("Agg")  # files only: a terminal without a display is the usual place
 
@@ -17,8 +21,29 @@ GREY = "#8a94a0"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically as PNG."""
+    """Write a figure atomically as PNG; a name with `$` in it is text and no formula, in UTF-8 or not."""
+    for text in set(figure.findobj(Text)) - _tick_labels(figure):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode(errors="backslashreplace").decode())
     write_atomically(path, lambda target: figure.savefig(target, dpi=130))
+
+
+def _tick_labels(figure: Figure) -> set[Text]:
+    """Return the labels of all ticks; those of a logarithmic axis are formulas."""
+    ticks = (tick for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in _ticks_of(axis))
+    return {label for tick in ticks for label in (tick.label1, tick.label2)}
+
+
+def _ticks_of(axis: Axis) -> list[Tick]:
+    return [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+
+
+def try_to_draw(path: Path, draw: Callable[[], None]) -> None:
+    """Call `draw`, which writes `path`; where that fails, warn and go on: a picture is worth no run."""
+    try:
+        draw()
+    except Exception as error:
+        log.warning("%s is not drawn (%s: %s)", path, type(error).__name__, " ".join(str(error).split()))
 
 
 def tidy(axes: mpl.axes.Axes) -> None:

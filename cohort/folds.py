@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from cohort.cases import Case
 from cohort.phantom import choose_data_dir
 from cohort.split import split_folds, split_sha256
-from runtime.checkpoints import load_checkpoint
+from runtime.checkpoints import has_last, load_checkpoint, load_last
 from runtime.command import command_line, flag_of, from_plain, to_plain
 from runtime.errors import InputError
 from runtime.files import read_json, write_json
@@ -155,9 +155,9 @@ def settings_of_fold(config: Settings, folder: Path, number: int) -> Settings:
     """Return the settings of one fold; one that was begun goes on, for what is left of --max-minutes."""
     source = dataclasses.replace(config.source, fold=number)
     place = {"results_dir": str(folder.parent), "run": folder.name, "source": source}
-    if not (folder / "last.pt").exists():
+    if not has_last(folder):
         return dataclasses.replace(config, **place, resume=None)
-    last = load_checkpoint(folder / "last.pt")
+    last, _ = load_last(folder)
     # the slabs of a step are the fold's own: it may have gone on with other ranks before
     own = {name: last["config"][name] for name in ("batch_size", "accumulate", "rate_since")}
     if config.max_minutes:

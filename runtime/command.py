@@ -27,6 +27,10 @@ from runtime.exhausted import explain_exhausted
 from runtime.log import close_log, start_log
 
 Settings = TypeVar("Settings")
+# Errors of a disk or a path that no code can mend; those of a path name it.
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+BAD_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EPERM}
+BAD_PLACE |= {errno.EIO, errno.ESTALE, errno.ENOENT}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -84,6 +88,9 @@ def check_settings(settings: Any) -> None:
         if dataclasses.is_dataclass(value):
             check_settings(value)
             continue
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                _check_text(flag_of(field.name), text)
         for marker in _markers(hints[field.name]):
             flag = flag_of(field.name)
             values = value if isinstance(value, tuple) else (value,)
@@ -95,6 +102,14 @@ def check_settings(settings: Any) -> None:
                 raise InputError(flag, "needs a value")
             if isinstance(marker, Distinct) and len(set(values)) < len(values):
                 raise InputError(f"{flag} {' '.join(values)}", "names one value twice", "name each once")
+
+
+def _check_text(flag: str, text: str) -> None:
+    """Raise InputError where a text, such as a path, cannot be written as UTF-8: no file could name it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{flag} {text!a}", "is not UTF-8 text", "rename the file or folder") from error
 
 
 def _markers(hint: Any) -> Iterator[Any]:
@@ -214,12 +229,18 @@ def run_command(
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(130)
+    except UnicodeEncodeError as error:
+        bad = ascii(error.object)[1:-1][:200]
+        print(f"{name}: error: {bad}: is not UTF-8 text; rename the file or folder.", file=sys.stderr)
+        sys.exit(2)
     except (RuntimeError, MemoryError, OSError) as error:
         flags = {field.name for field in dataclasses.fields(settings_class)}
         if exhausted := explain_exhausted(error, flags):
             print(f"{name}: error: {exhausted}", file=sys.stderr)
             sys.exit(2)
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        if not isinstance(error, OSError) or error.errno not in (DISK_FULL | BAD_PLACE):
+            raise
+        if error.errno in BAD_PLACE and not error.filename:
             raise
         place = f" at {error.filename}" if error.filename else ""
         print(

@@ -5,15 +5,17 @@ How a program knows a file that it wrote: each folder of outputs has a list `.dr
 a mask that somebody has corrected by hand since is theirs.
 """
 
+import errno
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import InputError
+from runtime.log import log
 
 WRITTEN = ".drunet_written"  # in each folder of outputs: what this program wrote there
 _inputs: set[str] = set()  # real paths of the files of cases, in this process
@@ -44,10 +46,14 @@ def refuse_input(path: Path) -> None:
         )
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], None], before_move: Callable[[], None] | None = None
+) -> None:
     """Call `write(temporary path)` and move the result to `path`; a failure leaves the old file whole.
 
-    Raises InputError where `path` is a file of the cases read (`protect_inputs`).
+    What is written is on the disk before it has its name, and the name before this returns: a loss of power
+    leaves the old file or the new one. `before_move` is called in between. Raises InputError where `path` is
+    a file of the cases read (`protect_inputs`).
     """
     refuse_input(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,9 +62,35 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     )  # the suffix stays: writers choose the format by it
     try:
         write(temporary)
+        _sync(temporary)
+        if before_move:
+            before_move()
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # has no such call for folders, and for files only where they are open for writing
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such wish
+            raise
+    finally:
+        os.close(handle)
+
+
+def restore_files(folder: Path, records: Mapping[str, bytes]) -> None:
+    """Write again each file of {name: content} that is gone from a folder, and warn."""
+    for name, content in records.items():
+        if not (folder / name).exists():
+            log.warning("%s is gone, and written again", folder / name)
+            write_atomically(folder / name, lambda target, content=content: target.write_bytes(content))
 
 
 def read_written(folder: Path) -> dict[str, set[str]]:

@@ -9,10 +9,12 @@ The main rank speaks; the others are silent. On a terminal progress is a bar; el
 it is a line every half minute.
 """
 
+import contextlib
 import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -43,6 +45,27 @@ class _Terminal(logging.Handler):
         sys.stdout.flush()
 
 
+class _LogFile(WatchedFileHandler):
+    """A file whose disk may be full, or that may be gone: said once, and the work goes on."""
+
+    has_failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # a folder that is gone; all else comes to handleError by itself
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002, a name of logging
+        if not self.has_failed:
+            tqdm.write(f"warning: {self.baseFilename} is not written ({sys.exc_info()[1]})", file=sys.stdout)
+        self.has_failed = True
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # the lines that found no room
+            super().close()
+
+
 def start_log() -> None:
     """Send what the program says to the terminal, from the main rank."""
     close_log()
@@ -53,7 +76,7 @@ def start_log() -> None:
 def log_to_file(path: Path) -> None:
     """Append what the program says from now on to a file too, with the time, from the main rank."""
     _add(
-        logging.FileHandler(path, encoding="utf-8", delay=True),
+        _LogFile(path, encoding="utf-8", delay=True, errors="backslashreplace"),
         _Words("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"),
     )
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ class TrainState:
     minutes: float = 0.0  # spent so far, over all resumes
     best_dice: float = -1.0
     best_epoch: int = 0
+    log: list[dict[str, str]] = field(default_factory=list)  # a row per epoch, see runtime.epoch_log
+    left_out_in_a_row: int = 0  # steps whose gradient was not finite, see runtime.steps; not in last.pt
 
     @property
     def evaluated(self) -> nn.Module:
@@ -108,6 +110,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "log": self.log,
             **{name: getattr(self, name) for name in COUNTERS},
         }
 

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import pickle
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +16,10 @@ import torch
 
 from runtime.checkpoints import (
     CHECKPOINT_FORMAT,
+    content_sha256,
+    fall_back,
     load_checkpoint,
+    load_last,
     newest_run,
     save_checkpoint,
     weights_sha256,
@@ -248,3 +252,176 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint(
         save_checkpoint(checkpoint, make_content())
     assert checkpoint.read_bytes() == before
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# All of a file is hashed; the one before stays
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_flipped_bit_changes_what_is_loaded(checkpoint: Path) -> None:
+    whole = checkpoint.read_bytes()
+    expected = content_sha256(load_checkpoint(checkpoint))
+    generator = np.random.default_rng(0)
+    refused = 0
+    for bit in generator.choice(8 * len(whole), 200, replace=False).tolist():
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        checkpoint.write_bytes(flipped)
+        try:
+            assert content_sha256(load_checkpoint(checkpoint)) == expected, bit
+        except InputError:
+            refused += 1
+    assert refused > 25  # the others are padding and the like
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("optimizer", "step"),
+        ("optimizer", "moments", 1),
+        ("config", "learning_rate"),
+        ("config", "widths"),
+        ("config", "name"),
+        ("config",),
+        ("model", "weight"),
+    ],
+)
+def test_whatever_is_changed_is_an_input_error(
+    place: tuple[str | int, ...], checkpoint: Path, input_error: ExpectInputError
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    holder = content
+    for key in place[:-1]:
+        holder = holder[key]
+    value = holder[place[-1]]
+    holder[place[-1]] = value + 1e-6 if isinstance(value, torch.Tensor | float) else repr(value)
+    torch.save(content, checkpoint)
+    with input_error(checkpoint, "SHA-256"):
+        load_checkpoint(checkpoint)
+
+
+def test_content_digest_tells_types_and_structure_apart() -> None:
+    weight = torch.arange(4.0)
+    contents = [
+        {"a": 1},
+        {"a": 1.0},
+        {"a": True},
+        {"a": "1"},
+        {"a": (1,)},
+        {"a": [1]},
+        {"a": [1, []]},
+        {"a": [[1]]},
+        {1: "a"},
+        {"1": "a"},
+        {"a": {}},
+        {"a": None},
+        {},
+        {"a": weight},
+        {"a": weight.double()},
+        {"a": weight.reshape(2, 2)},
+        {"a": {"b": weight}},
+        {"a/'b'": weight},
+        {"a": "\udcff"},
+    ]
+    digests = [content_sha256(content) for content in contents]
+    assert len(set(digests)) == len(contents)
+    assert content_sha256({"b": 2, "a": 1, "sha256": "x"}) == content_sha256({"a": 1, "b": 2})
+
+
+def test_a_file_of_the_version_before_is_checked_by_its_own_hash(
+    tmp_path: Path, input_error: ExpectInputError
+) -> None:
+    path, content = tmp_path / "best.pt", make_content()
+    content |= {"format": "drunet-v2/1", "weights_sha256": weights_sha256(content["model"])}
+    torch.save(content, path)
+    assert load_checkpoint(path)["optimizer"]["step"] == 3
+    content["model"]["weight"][0] += 1
+    torch.save(content, path)
+    with input_error(path, "SHA-256"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["model", "optimizer"])
+def test_nothing_that_is_not_finite_is_written(
+    place: str, number: float, checkpoint: Path, input_error: ExpectInputError
+) -> None:
+    before, content = checkpoint.read_bytes(), make_content()
+    (content["model"]["half"] if place == "model" else content["optimizer"]["moments"][1])[0] = number
+    with input_error(checkpoint, place, "not finite"):
+        save_checkpoint(checkpoint, content)
+    assert checkpoint.read_bytes() == before
+
+
+def test_the_last_two_are_kept_and_a_damaged_one_is_fallen_back_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, input_error: ExpectInputError
+) -> None:
+    for epoch in (1, 2, 3):
+        save_checkpoint(tmp_path / "last.pt", {**make_content(), "epoch": epoch})
+        save_checkpoint(tmp_path / "best.pt", {**make_content(), "epoch": epoch})
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last_before.pt", "best.pt"}
+    assert load_checkpoint(tmp_path / "last_before.pt")["epoch"] == 2
+    assert load_last(tmp_path)[0]["epoch"] == 3
+    assert load_last(tmp_path)[1] is None
+
+    damaged = bytearray((tmp_path / "last.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "last.pt").write_bytes(damaged)
+    content, error = load_last(tmp_path)
+    assert content["epoch"] == 2
+    fall_back(tmp_path, error)
+    assert "last.pt" in caplog.text
+    assert "goes on from the epoch before" in caplog.text
+    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 2
+    assert (tmp_path / "last_damaged.pt").read_bytes() == damaged
+    assert not (tmp_path / "last_before.pt").exists()
+
+    (tmp_path / "last.pt").write_bytes(damaged)
+    with input_error(tmp_path / "last.pt"):  # with none before it
+        load_last(tmp_path)
+
+
+def test_there_is_a_sound_last_checkpoint_at_every_moment_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "last.pt", {**make_content(), "epoch": 1})
+    save_checkpoint(tmp_path / "last.pt", {**make_content(), "epoch": 2})
+    sync, moments = os.fsync, []
+
+    def look(*_: object) -> None:
+        moments.append(load_last(tmp_path)[0]["epoch"])
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (look(), sync(handle)))
+    for name in ("link", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *paths, call=call: (look(), call(*paths), look()))
+    save_checkpoint(tmp_path / "last.pt", {**make_content(), "epoch": 3})
+    assert set(moments) == {2, 3}
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    save_checkpoint(tmp_path / "last.pt", {**make_content(), "epoch": 4})
+    assert set(moments) == {2, 3, 4}
+    assert load_checkpoint(tmp_path / "last_before.pt")["epoch"] == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit of file sizes there")
+def test_a_disk_that_is_full_at_any_moment_ends_with_a_sentence_and_loses_nothing(
+    tmp_path: Path, input_error: ExpectInputError
+) -> None:
+    import resource
+
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, make_content())
+    before, size = path.read_bytes(), path.stat().st_size
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails, as on a full disk
+    try:
+        for eighth in range(8):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (eighth * size // 8, limits[1]))
+            with input_error(path, "disk is full", "--resume"):
+                save_checkpoint(path, make_content())
+            assert path.read_bytes() == before
+            assert list(tmp_path.iterdir()) == [path]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -28,6 +28,7 @@ from runtime.command import (
     Range,
     Seed,
     Share,
+    check_settings,
     command_line,
     from_plain,
     parse,
@@ -331,7 +332,24 @@ def test_ctrl_c_ends_with_code_130(
     assert "Ctrl-C" in stderr
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ENOENT,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+    ],
+)
 def test_a_place_that_cannot_be_written_ends_with_code_2_and_its_name(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +370,24 @@ def test_a_defect_keeps_its_traceback(
     with pytest.raises(type(error)) as caught:
         run(monkeypatch, capsys, raising(error))
     assert caught.value is error
+
+
+def test_text_that_is_not_utf_8_ends_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], input_error: Callable
+) -> None:
+    code, stderr = run(monkeypatch, capsys, lambda _: print("results/case_\udcff".encode()))
+    assert code == 2
+    assert stderr.startswith("made_up.py: error: results/case_\\udcff: is not UTF-8 text")
+    with input_error("--name 'a\\udcff'", "UTF-8"):
+        check_settings(Named("a\udcff"))
+    check_settings(Named("Zürich $ 東京"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Settings with a name."""
+
+    name: str
 
 
 SCRIPT = '''

@@ -69,8 +69,8 @@ def test_training_leaves_a_run_folder_that_explains_itself(trained, phantom_coho
     folder = trained / "results" / "tiny"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.json", "split.json", "log.csv", "batch.png", "curves.png", "best.pt", "last.pt", "train.log",
-        "evaluation",
+        "config.json", "split.json", "log.csv", "batch.png", "curves.png", "best.pt", "last.pt",
+        "last_before.pt", "train.log", "evaluation",
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert config["widths"] == [4, 8, 16]

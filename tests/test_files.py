@@ -1,8 +1,10 @@
 """Files written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -63,6 +65,40 @@ def test_the_temporary_file_has_the_suffix_and_the_folder_of_the_final_one(tmp_p
     assert seen[0].name.endswith("volume.nii.gz")
     assert seen[0].parent == tmp_path
     assert seen[0] != tmp_path / "volume.nii.gz"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[object] = []
+    sync, replace = os.fsync, os.replace
+
+    def note_sync(handle: int) -> None:
+        steps.append(os.fstat(handle).st_ino)
+        sync(handle)
+
+    def note_move(source: Path, target: Path) -> None:
+        steps.append("move")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_move)
+    write_atomically(tmp_path / "a.csv", lambda temporary: temporary.write_text("x"))
+    assert steps == [(tmp_path / "a.csv").stat().st_ino, "move", tmp_path.stat().st_ino]
+
+
+def test_a_disk_that_is_full_when_it_comes_to_it_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("old")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")  # network file systems find out this late
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        write_atomically(tmp_path / "a.csv", lambda temporary: temporary.write_text("new"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_write_json_round_trip(tmp_path: Path) -> None:

@@ -154,6 +154,19 @@ def test_probabilities_on_a_threshold_and_beside_it_count_as_comparison_does() -
         ]
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("in_reference", [True, False])
+def test_a_probability_that_is_not_finite_is_no_count(number: float, in_reference: bool) -> None:
+    # a histogram leaves NaN out: all of a volume made counts of 0, 0, 0, the Dice of which is 1
+    probability = np.array([0.2, 0.8, 0.6], np.float32)
+    reference = np.array([in_reference, True, False])
+    probability[0] = number
+    with pytest.raises(ValueError, match="not finite"):
+        overlap_at_thresholds(probability, reference, THRESHOLDS)
+    with pytest.raises(ValueError, match="not finite"):
+        overlap_at_thresholds(np.full(3, number, np.float32), reference, THRESHOLDS)
+
+
 def test_thresholds_0_and_1_are_inclusive() -> None:
     probability = np.array([0, 0, 0.5, 1, 1, 1], np.float32)
     reference = np.array([True, False, True, True, True, False])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import final_evaluation_v2
+import inference_v2
 import make_phantom_v2
 from audit.output import Output, warn_of_intensities, warn_of_volume
 from cohort.cases import LoadedCase, load_case
@@ -26,12 +27,14 @@ from inference_v2 import (
     TrainedModel,
     load_model,
     main,
+    predict_views,
     predict_volume,
     predict_with_spread,
     segment_cases,
 )
 from model_drunet_v2 import DRUNetV2
-from runtime.checkpoints import save_checkpoint
+from runtime.checkpoints import save_checkpoint, weights_sha256
+from runtime.command import parse
 from runtime.errors import InputError
 from runtime.exhausted import explain_exhausted
 from runtime.files import WRITTEN, is_written_by_us, protect_inputs, write_output
@@ -282,6 +285,83 @@ def test_a_checkpoint_without_thresholds_takes_one_half_and_says_so(
     assert "has no thresholds and no post-processing" in caplog.text
     found = segment(tmp_path / "last", cohort, checkpoint=str(last))
     assert found["volume_ml"].tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Nothing that is no number
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(checkpoint: Path) -> Path:
+    """best.pt whose network gives NaN, as versions before wrote it where training went wrong."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"]["head.bias"].fill_(torch.nan)
+    content |= {"format": "drunet-v2/1", "weights_sha256": weights_sha256(content["model"])}
+    torch.save(content, checkpoint)
+    return checkpoint
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_network_that_gives_nan_makes_no_mask_and_no_volume(cohort, segment, tmp_path):
+    for settings in ({}, {"tta": False}, {"probabilities": True}):
+        table = segment(tmp_path / "out", cohort, code=1, **settings)
+        assert len(table) == 3
+        assert table["volume_ml"].isna().all()
+        assert table["error"].str.contains("probabilities that are not finite").all()
+        assert not list((tmp_path / "out").rglob("*.nii.gz"))
+
+
+def test_whatever_predicts_refuses_what_is_not_finite(broken, input_error):
+    model, volume = load_model(broken, CPU, amp=False), np.zeros((1, 3, 48, 48), np.float32)
+    for predict in (predict_volume, predict_with_spread, predict_views):
+        with input_error("the network", "not finite", "slices 0 to 2"):
+            predict(model, volume)
+
+
+@pytest.mark.parametrize(
+    "thresholds", [[np.nan], [5], [-1], [np.inf], [True], ["0.5"], [None], [], [0.5, 0.5], 0.5, None, {}]
+)
+@pytest.mark.parametrize("is_onnx", [False, True], ids=["checkpoint", "ONNX"])
+def test_thresholds_that_are_none_are_refused(checkpoint, thresholds, is_onnx, input_error, monkeypatch):
+    content = torch.load(checkpoint, weights_only=True) | {"thresholds": thresholds}
+    save_checkpoint(checkpoint, content)
+    if is_onnx:
+        monkeypatch.setattr(inference_v2, "load_onnx", lambda *_: (torch.nn.Identity(), content))
+        checkpoint = checkpoint.with_suffix(".onnx")
+    with input_error(checkpoint, "thresholds"):
+        load_model(checkpoint, CPU)
+
+
+@pytest.mark.parametrize("threshold", ["nan", "inf", "5", "-1", "-0.001", "1.001"])
+def test_a_threshold_typed_that_is_none_is_refused(threshold, input_error):
+    with input_error("--threshold"):
+        parse(InferenceConfig, arguments=["--threshold", threshold])
+
+
+SOUND = {"min_component_mm3": 10.0, "fill_holes": True, "min_total_mm3": 0.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"WT": SOUND | {"min_component_mm3": np.nan}},
+        {"WT": SOUND | {"min_total_mm3": -1.0}},
+        {"WT": SOUND | {"min_total_mm3": np.inf}},
+        {"WT": SOUND | {"fill_holes": "no"}},
+        {"WT": {"fill_holes": True}},
+        {"XX": SOUND},
+        {"WT": 3},
+        [1],
+    ],
+)
+def test_post_processing_that_training_does_not_choose_is_refused(checkpoint, settings, input_error):
+    content = torch.load(checkpoint, weights_only=True)
+    save_checkpoint(checkpoint, content | {"postprocessing": {"settings": {"WT": SOUND}}})
+    load_model(checkpoint, CPU)
+    save_checkpoint(checkpoint, content | {"postprocessing": {"settings": settings}})
+    with input_error(checkpoint, "post-processing"):
+        load_model(checkpoint, CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------
