@@ -230,7 +230,7 @@ def test_weights_that_do_not_fit_the_widths_are_refused(trained):
     folder.mkdir()
     content = torch.load(trained / "results" / "tiny" / "best.pt", weights_only=True)
     content["config"]["widths"] = (8, 16, 32)
-    torch.save(content, folder / "wrong.pt")
+    save_checkpoint(folder / "wrong.pt", content)
     done = run(
         "inference_v2.py", "--checkpoint", folder / "wrong.pt", "--device", "cpu", cwd=trained, expect=2
     )
