@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime import signals
+
+    signals.catch_signals()
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -33,6 +38,7 @@ from cohort.labels import Regions
 from cohort.layouts import CaseSource, find_cases, log_cases
 from cohort.phantom import choose_data_dir
 from cohort.preprocess import BRAIN_SLICE_VOXELS, Z_RANGE, describe_training_spacing, fit_slices, place_slices
+from runtime import signals
 from runtime.command import Share, run_command
 from runtime.errors import InputError
 from runtime.files import check_output, write_output
@@ -204,7 +210,8 @@ class BalancedSampler(Sampler):
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
-        self.epoch = 0  # set before each pass
+        self.epoch = 0  # set before each pass, as is
+        self.drawn = 0  # how many of this rank's draws were taken before
 
     def __len__(self) -> int:
         return self.draws // self.ranks
@@ -213,12 +220,16 @@ class BalancedSampler(Sampler):
         generator = np.random.default_rng([self.seed, self.epoch])
         rows = generator.choice(len(self.weights), self.draws, p=self.weights)
         seeds = generator.integers(0, 2**31, self.draws)
-        mine = slice(self.rank, len(self) * self.ranks, self.ranks)
+        mine = slice(self.rank + self.drawn * self.ranks, len(self) * self.ranks, self.ranks)
         return iter(zip(rows[mine].tolist(), seeds[mine].tolist(), strict=True))
 
 
 def start_worker(_: int) -> None:
-    """Keep a loader worker to one thread, and let what computes go first where both want one core."""
+    """Keep a loader worker to one thread, and let what computes go first where both want one core.
+
+    A signal that ends training is sent to its workers too; they serve the step that is finished first.
+    """
+    signals.ignore_signals()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     if hasattr(os, "nice"):

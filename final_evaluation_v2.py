@@ -20,6 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime import signals
+
+    signals.catch_signals()
+
 import numpy as np
 import pandas as pd
 import tyro
@@ -31,7 +36,7 @@ from audit.overlays import take_picture
 from audit.postprocess import postprocess, settings_of, threshold_regions
 from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
-from audit.score import ScoreSettings, score_predictions
+from audit.score import PARTIAL, ScoreSettings, leave_partial, score_predictions
 from audit.seen import attach_volumes, count_grades, identify_seen, search_leakage
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
 from cohort.cache import PreparedCase, prepare_cases, prepare_for_all_ranks
@@ -49,7 +54,9 @@ from cohort.leakage import (
 )
 from cohort.split import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, choose_threads, load_model, predict_views
+from runtime import signals
 from runtime.checkpoints import newest_run
+from runtime.claims import claim_folder
 from runtime.command import Count, Seed, command_line, run_command
 from runtime.errors import InputError
 from runtime.files import (
@@ -62,6 +69,7 @@ from runtime.files import (
 from runtime.log import log, progress
 from runtime.machine import DeviceName, choose_device, describe_machine, describe_versions, set_seed
 from runtime.ranks import (
+    agree_to_stop,
     end_together,
     from_main,
     gather_shares,
@@ -145,6 +153,8 @@ def main(config: EvaluationConfig) -> None:
     set_seed(config.seed)
     run = from_main(Path(config.run) if config.run else newest_run(Path("results")))
     folder = Path(config.output) if config.output else run / "evaluation"
+    if is_main():
+        claim_folder(run, "wait until that one ends, or audit a copy of the folder")
     model = load_model(run / "best.pt", local_device(choose_device(config.device)), config.amp)
     split = read_split_of(run, model)
     chosen = from_main(choose_cohorts(config, run, model, split) if is_main() else None)
@@ -155,6 +165,7 @@ def main(config: EvaluationConfig) -> None:
     different = read_different(config.different) | recorded_pairs(model.checkpoint)
     leakage, seen = None, None
     if is_main():
+        claim_folder(folder, "choose another --output")
         mark_output_folder(folder)
         channel = model.modalities.index(fingerprint_modality(model.modalities))
         tested = {
@@ -171,15 +182,19 @@ def main(config: EvaluationConfig) -> None:
     proven = select_proven(leakage)
 
     audits = {}
-    for cohort, cases in cohorts.items():
-        choose_threads(model, config.batch_size)
-        seen_ids = set(proven.loc[proven["cohort"] == cohort, "case"])
-        log_spacing(model, cohort, cases)
-        audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
+    with signals.finish_first():
+        for cohort, cases in cohorts.items():
+            choose_threads(model, config.batch_size)
+            seen_ids = set(proven.loc[proven["cohort"] == cohort, "case"])
+            log_spacing(model, cohort, cases)
+            audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
+            if agree_to_stop():
+                raise leave_partial(folder, join_rows(audits))
     if not is_main():
         return
     rows = join_rows(audits)
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
+    (folder / PARTIAL).unlink(missing_ok=True)
     summary = {
         "data_kind": model.checkpoint["data_kind"],
         "includes_seen_cases": bool(len(proven)),
@@ -327,18 +342,20 @@ def evaluate_cohort(
 ) -> CohortAudit:
     """Predict and measure all cases of a cohort; `seen` are the ids of those that were in training.
 
-    Ranks share the cases; each gets what was measured of all.
+    Ranks share the cases; each gets what was measured of all. After a signal the last cases are missing.
     """
-    mine = progress(share_of(cases), f"auditing {cohort}", "case")
-    audits = gather_shares([evaluate_case(model, cohort, case, batch_size) for case in mine])
+    mine = []
+    for case in progress(share_of(cases), f"auditing {cohort}", "case"):
+        mine.append(evaluate_case(model, cohort, case, batch_size))
+        if signals.is_stopping():
+            break
+    audits = gather_shares(mine)
     # pooled in the order of the cases, not rank by rank: bins hold sums of floats, which depend on the order
     counts = {mode: sum(audit.counts[mode] for audit in audits) for mode in MODES}
     bins = {mode: sum(audit.bins[mode] for audit in audits) for mode in MODES}
     rows = pd.DataFrame([row for audit in audits for row in audit.rows])
     rows.insert(rows.columns.get_loc("mode") + 1, "seen_in_training", rows["case"].isin(seen))
-    pictures = {
-        case.case_id: audit.picture for case, audit in zip(cases, audits, strict=True) if audit.picture
-    }
+    pictures = {audit.rows[0]["case"]: audit.picture for audit in audits if audit.picture}
     return CohortAudit(rows, counts, bins, pictures)
 
 

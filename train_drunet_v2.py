@@ -14,12 +14,18 @@ import dataclasses
 import functools
 import itertools
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime import signals
+
+    signals.catch_signals()
 
 import numpy as np
 import pandas as pd
@@ -35,10 +41,23 @@ from audit import overlays, plots, postprocess
 from cohort import cache, initial, phantom, selection
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
-from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks, rates
-from runtime.command import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share
+from runtime import (
+    checkpoints,
+    claims,
+    command,
+    cpu_threads,
+    files,
+    machine,
+    probe,
+    ranks,
+    rates,
+    signals,
+)
+from runtime import place as places
+from runtime.command import Count, CountOrZero, Decay, NotNegative, PlainName, Positive, Seed, Share
 from runtime.errors import InputError
 from runtime.log import log, log_to_file, progress
+from runtime.place import Place
 from runtime.state import Clock, Recipe, TrainState, start_state
 from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
 
@@ -52,7 +71,7 @@ class TrainConfig:
     """Settings of a training run; the defaults are those of the published method."""
 
     # the run
-    run: str | None = None
+    run: PlainName | None = None
     """name of the run folder; default: the data folder's name and the time"""
     results_dir: str = "results"
     """folder that holds the runs"""
@@ -144,6 +163,9 @@ class TrainConfig:
     """batch statistics over the slabs of all ranks, under torchrun"""
     probe: bool = True
     """log before the first epoch what memory a step of full size needs"""
+    deterministic: bool = False
+    """the same bits each time on one kind of machine, with any number of workers: torch's deterministic
+    algorithms, and on a CPU no choice of the fastest number of threads; slower"""
 
 
 # What the demo sets where the command line says nothing else.
@@ -250,8 +272,12 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Clock) -> dict[str, float]:
+def train_one_epoch(
+    run: Run, state: TrainState, loader: DataLoader, clock: Clock, place: Place
+) -> dict[str, float]:
     """Run the epoch's steps, fewer (one at least) where the clock runs out; return its loss, Dice and speed.
+
+    It goes on from `place` and moves it. A signal ends it after an optimiser step, the same one on all ranks.
 
     The Dice is of the slabs drawn (augmented, balanced), pooled over the epoch, at probability 0.5: a sign of
     progress, not a result. Counts stay on the device and are read every 10 steps. Of several ranks each runs
@@ -263,11 +289,14 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
     pool = ranks.sum_over_ranks if ranks.world_size() > 1 else None
     loss_function = HybridFocalDiceLoss(config.focal_weight, config.dice_weight, pool=pool)
     warmup_steps = min(config.warmup_steps, len(loader) // config.accumulate)
-    totals = torch.zeros(4, device=device)  # loss, overlap, predicted + reference voxels, steps
-    start, waited_s, slabs = time.perf_counter(), 0.0, 0
-    steps = progress(loader, f"epoch {state.epoch + 1}/{config.epochs}", "step")
+    totals, waited_s = place.totals, place.waited_s
+    start = time.perf_counter() - place.seconds
+    loader.sampler.epoch, loader.sampler.drawn = state.epoch, place.steps * config.batch_size
+    left = () if place.is_over else loader
+    title = f"epoch {state.epoch + 1}/{config.epochs}"
+    steps = progress(left, title, "step", 0 if place.is_over else len(loader) - place.steps)
     asked = time.perf_counter()
-    for index, (slab, target) in enumerate(steps):
+    for index, (slab, target) in enumerate(steps, place.steps):
         waited_s += time.perf_counter() - asked
         slab = slab.to(device, non_blocking=True, memory_format=torch.channels_last)  # (N, C*K, S, S)
         target = target.to(device, non_blocking=True)  # (N, R, S, S)
@@ -280,20 +309,23 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
         if is_update_step:
             update_weights(config, state, warmup_steps)
         totals += count_step(loss, logits, target)
-        slabs += len(slab)
+        place.steps = index + 1
         is_last = clock.is_out()
         if index % 10 == 0 or index + 1 == len(loader) or is_last:
             figures = running_figures(totals)
             rate = state.optimizer.param_groups[0]["lr"]
             steps.note(f"loss {figures['train_loss']:.3f} Dice {figures['train_dice']:.3f} lr {rate:.1e}")
-        if is_last:
+        if is_last or (is_update_step and ranks.agree_to_stop()):
+            place.is_over = is_last or place.steps == len(loader)
             break
         asked = time.perf_counter()
-    seconds = time.perf_counter() - start
-    if ranks.world_size() > 1:
-        figures = running_figures(ranks.sum_counts(totals))
-    speed = slabs * ranks.world_size() / seconds
-    return figures | {"slabs_per_second": speed, "waiting_share": waited_s / seconds}
+    else:
+        place.is_over = True
+    place.seconds, place.waited_s = time.perf_counter() - start, waited_s
+    places.note_buffers(place, state)
+    figures = running_figures(ranks.sum_counts(totals))
+    speed = place.steps * config.batch_size * ranks.world_size() / place.seconds
+    return figures | {"slabs_per_second": speed, "waiting_share": waited_s / place.seconds}
 
 
 def update_weights(config: TrainConfig, state: TrainState, warmup_steps: int) -> None:
@@ -331,11 +363,13 @@ def validate(
 ) -> np.ndarray:
     """Return Dice (cases, R, len(THRESHOLDS)) per case, region and threshold: whole volumes, no TTA.
 
-    Ranks share the cases; each gets the Dice of all.
+    Ranks share the cases; each gets the Dice of all. After a signal the last ones are missing (0).
     """
     mine = ranks.share_of(cases)
     dice = np.zeros((len(mine), len(trained.regions), len(THRESHOLDS)))
     for index, case in enumerate(progress(mine, "validating", "case")):
+        if signals.is_stopping():
+            break
         probabilities = inference.predict_volume(
             trained, case.volume, case.brain_voxels, tta=False, batch_size=batch_size, frame=case.frame
         )
@@ -398,6 +432,22 @@ def finish_epoch(
         f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
         f"peak {peak_gb:.2f} GiB"
     )
+
+
+def stop_run(run: Run, state: TrainState, place: Place, steps: int) -> NoReturn:
+    """Save last.pt amid an epoch of so many steps and stop, saying how to go on."""
+    last = run.folder / "last.pt"
+    saved = {"place": places.to_checkpoint(place, run.config.batch_size)}
+    saved |= {"config": command.to_plain(run.config), "ranks": ranks.world_size()}
+    if ranks.is_main():
+        checkpoints.save_checkpoint(last, state.to_checkpoint() | saved | run.facts)
+    log.info(f"stopped in epoch {state.epoch + 1} after step {place.steps} of {steps}; saved in {last}")
+    raise signals.Stopped(f"saved after step {place.steps} of {steps}, {how_to_resume(run)}", is_agreed=True)
+
+
+def how_to_resume(run: Run) -> str:
+    """Return the words that say how to go on with a run."""
+    return f"go on with: python train_drunet_v2.py --resume {shlex.quote(str(run.folder))}"
 
 
 def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, validation_dice: float) -> None:
@@ -471,12 +521,22 @@ def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
 
 
 def place_run(config: TrainConfig) -> TrainConfig:
-    """Return the settings with data folder and run name; the demo's phantoms are made where missing."""
+    """Return the settings with data folder and run name; the demo's phantoms are made where missing.
+
+    The run's folder is this program's until it ends; InputError where another one has it.
+    """
     if config.resume:
+        claims.claim_folder(Path(config.results_dir) / config.run, "wait until that one ends")
         return config
     data_dir = phantom.choose_data_dir(config.source.data_dir)
-    name = config.run or f"{Path(data_dir).resolve().name}_{datetime.now():%Y%m%d_%H%M%S}"
-    if (Path(config.results_dir) / name / "last.pt").exists():
+    results, remedy = Path(config.results_dir), "choose another --run"
+    if config.run:
+        name = config.run
+        claims.claim_folder(results / name, remedy)
+    else:
+        name = f"{files.make_plain_name(Path(data_dir).resolve().name)}_{datetime.now():%Y%m%d_%H%M%S}"
+        name = claims.claim_new_folder(results, name, remedy)
+    if (results / name / "last.pt").exists():
         raise InputError(f"--run {name}", "this run exists", "choose another name or --resume it")
     source = dataclasses.replace(config.source, data_dir=data_dir)
     return dataclasses.replace(config, source=source, run=name)
@@ -566,7 +626,7 @@ def open_run(
 
 def choose_threads(run: Run, network: nn.Module) -> None:
     """Compute with the number of threads that is fastest now, where a CPU computes."""
-    if run.device.type == "cpu":
+    if run.device.type == "cpu" and not run.config.deterministic:
         shape = (min(run.config.batch_size, 4), network.in_channels, run.config.size, run.config.size)
         batch = probe.Batch(shape, run.device, run.dtype)
         cpu_threads.choose_threads(lambda: probe.try_step(network, network, batch))
@@ -592,6 +652,42 @@ def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader:
     )
 
 
+def train_epochs(
+    run: Run,
+    state: TrainState,
+    loader: DataLoader,
+    validation: Sequence[cache.PreparedCase],
+    clock: Clock,
+    place: Place,
+) -> None:
+    """Train and validate from `place` on, until epochs, clock or patience run out or a signal comes."""
+    config = run.config
+    minutes_before, first_epoch = state.minutes, state.epoch
+    while state.epoch < config.epochs and (state.epoch == first_epoch or not clock.is_out()):
+        choose_threads(run, state.network)
+        figures = train_one_epoch(run, state, loader, clock, place)
+        if not ranks.agree_to_stop():
+            begun = time.monotonic()
+            ranks.average_buffers(state.network)
+            if state.average:
+                ranks.average_buffers(state.average.module)
+            dice = validate(as_trained_model(run, state), validation, config.batch_size)
+            # the last validation, and one for post-processing
+            clock.reserved_s = 2 * (time.monotonic() - begun)
+        state.minutes = minutes_before + clock.minutes()
+        if ranks.agree_to_stop():
+            stop_run(run, state, place, len(loader))
+        state.epoch += 1
+        finish_epoch(run, state, clock, figures, dice)
+        place = places.start_epoch(run.device)
+        signals.hint(how_to_resume(run))
+        if ranks.agree_to_stop():
+            raise signals.Stopped(is_agreed=True)
+        if state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop:
+            log.info(f"no better validation Dice for {config.early_stop} epochs: stopping early")
+            break
+
+
 def main(config: TrainConfig) -> None:
     """Train, validating each epoch, until the epochs, the clock or the patience runs out."""
     clock = Clock(config.max_minutes)
@@ -603,11 +699,14 @@ def main(config: TrainConfig) -> None:
         config = share_batch(config, checkpoint.get("ranks", 1), ranks.world_size())
     device = ranks.local_device(machine.choose_device(config.device))
     dtype = machine.amp_dtype(device, config.amp)
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    torch.backends.cudnn.benchmark = not config.deterministic  # every step has the same shapes
+    if config.deterministic:
+        machine.be_deterministic()
     machine.set_seed(config.seed)
     weights = initial.read_initial(config.init) if config.init and not checkpoint else None
     state = make_state(config, device, dtype, weights)
     run, chosen = open_run(config, device, dtype)
+    signals.hint(how_to_resume(run) if checkpoint else "nothing was trained yet, start it again")
     if checkpoint:
         state.restore(checkpoint, last)
         if config.rate_since != checkpoint["config"].get("rate_since", 0):
@@ -623,23 +722,9 @@ def main(config: TrainConfig) -> None:
     if ranks.is_main() and not checkpoint:
         draw_first_batch(run, loader)
 
-    minutes_before, first_epoch = state.minutes, state.epoch
-    while state.epoch < config.epochs and (state.epoch == first_epoch or not clock.is_out()):
-        choose_threads(run, state.network)
-        loader.sampler.epoch = state.epoch
-        figures = train_one_epoch(run, state, loader, clock)
-        begun = time.monotonic()
-        ranks.average_buffers(state.network)
-        if state.average:
-            ranks.average_buffers(state.average.module)
-        dice = validate(as_trained_model(run, state), cases["validation"], config.batch_size)
-        clock.reserved_s = 2 * (time.monotonic() - begun)  # the last validation, and one for post-processing
-        state.epoch += 1
-        state.minutes = minutes_before + clock.minutes()
-        finish_epoch(run, state, clock, figures, dice)
-        if state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop:
-            log.info(f"no better validation Dice for {config.early_stop} epochs: stopping early")
-            break
+    place = places.restore_place((checkpoint or {}).get("place"), state, config.batch_size)
+    with signals.finish_first():
+        train_epochs(run, state, loader, cases["validation"], clock, place)
     log.info(
         f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over "
         f"{len(cases['validation'])} cases, threshold 0.5, no TTA"

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import cv2
 import tyro
 
-from runtime import machine
+from runtime import claims, machine, signals
 from runtime.errors import InputError
 from runtime.exhausted import explain_exhausted
+from runtime.files import check_plain_name
 from runtime.log import close_log, start_log
+from runtime.streams import mend_streams
 
 Settings = TypeVar("Settings")
 
@@ -62,6 +65,10 @@ class Distinct:
     """Marks a setting that takes one value or more, each once."""
 
 
+class Plain:
+    """Marks a setting that is the name of one file or folder, without a path."""
+
+
 def _number(kind: type, allowed: Range) -> Any:
     return Annotated[kind, allowed, tyro.conf.arg(metavar=f"{kind.__name__.upper()} {allowed}")]
 
@@ -73,6 +80,7 @@ Positive = _number(float, Range(0, above=True))
 NotNegative = _number(float, Range(0))
 Share = _number(float, Range(0, 1))
 Decay = _number(float, Range(0, 1, below=True))
+PlainName = Annotated[str, Plain()]
 
 
 def check_settings(settings: Any) -> None:
@@ -90,6 +98,8 @@ def check_settings(settings: Any) -> None:
                 for number in values:
                     if number is not None and not marker.holds(number):
                         raise InputError(f"{flag} {number}", f"must be a number {marker}")
+            if isinstance(marker, Plain) and value is not None:
+                check_plain_name(value, flag)
             if isinstance(marker, Distinct) and not values:
                 raise InputError(flag, "needs a value")
             if isinstance(marker, Distinct) and len(set(values)) < len(values):
@@ -97,13 +107,13 @@ def check_settings(settings: Any) -> None:
 
 
 def _markers(hint: Any) -> Iterator[Any]:
-    """Yield the Range and Distinct objects anywhere in a type."""
+    """Yield the Range, Distinct and Plain objects anywhere in a type."""
     for argument in typing.get_args(hint):
-        if isinstance(argument, Range | Distinct):
+        if isinstance(argument, Range | Distinct | Plain):
             yield argument
         yield from _markers(argument)
     for marker in getattr(hint, "__metadata__", ()):
-        if isinstance(marker, Range | Distinct):
+        if isinstance(marker, Range | Distinct | Plain):
             yield marker
 
 
@@ -195,25 +205,31 @@ def run_command(
     """Parse the command line, call `main(settings)` and turn bad input into one sentence and exit code 2.
 
     `choose` is for settings whose defaults depend on what was typed: it gets a function that parses the
-    command line with the defaults it is given, and returns the settings. Ctrl-C ends with exit code 130; a
-    full disk, and memory that is not enough, with 2. Any other exception is a defect and keeps its traceback.
+    command line with the defaults it is given, and returns the settings. Ctrl-C ends with exit code 130,
+    SIGTERM with 143; a full disk, and memory that is not enough, with 2. Any other exception is a defect and
+    keeps its traceback.
     """
     name = Path(sys.argv[0]).name
 
     def parse_with(defaults: Settings | None = None) -> Settings:
         return parse(settings_class, description, defaults)
 
+    mend_streams()
     start_log()
     machine.keep_freed_memory()
     try:
+        signals.catch_signals(begin=True)
         main(choose(parse_with) if choose else parse_with())
     except InputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except signals.Stopped as stop:
+        print(f"\n{name}: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(130)
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, cv2.error) as error:
         flags = {field.name for field in dataclasses.fields(settings_class)}
         if exhausted := explain_exhausted(error, flags):
             print(f"{name}: error: {exhausted}", file=sys.stderr)
@@ -227,7 +243,9 @@ def run_command(
         )
         sys.exit(2)
     finally:
+        signals.release_signals()
         close_log()
+        claims.release_claims()
 
 
 def command_line() -> str:

@@ -53,7 +53,7 @@ def start_log() -> None:
 def log_to_file(path: Path) -> None:
     """Append what the program says from now on to a file too, with the time, from the main rank."""
     _add(
-        logging.FileHandler(path, encoding="utf-8", delay=True),
+        logging.FileHandler(path, encoding="utf-8", delay=True, errors="backslashreplace"),
         _Words("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"),
     )
 
