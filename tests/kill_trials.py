@@ -27,26 +27,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pandas as pd
 import torch
+import torch._dynamo  # with what else a run would import later, once for all
+import torchvision.ops  # noqa: F401
 
 import train_drunet_v2 as train
 from cohort import phantom
 from runtime import command, ranks
 from runtime.checkpoints import load_checkpoint
 
-TINY = ["--size", "48", "--widths", "4", "8", "16", "--slabs-per-epoch", "64", "--learning-rate", "1e-2"]
+TINY = ["--size", "48", "--widths", "4", "8", "16", "--slabs-per-epoch", "40", "--learning-rate", "3e-2"]
 TINY += ["--device", "cpu", "--no-amp", "--no-probe", "--epochs", "3", "--drop-by", "9"]
 ONE = [*TINY, "--batch-size", "8"]
 # kind: flags, ranks, start method of loader workers
 KINDS: dict[str, tuple[list[str], int, str]] = {
     "plain": ([*ONE, "--workers", "0"], 1, "fork"),
     "EMA": ([*ONE, "--workers", "0", "--ema", "0.9"], 1, "fork"),
-    "accumulation": ([*ONE, "--workers", "0", "--accumulate", "3"], 1, "fork"),
+    "accumulation": ([*ONE, "--workers", "0", "--accumulate", "2"], 1, "fork"),
     "plateau": ([*ONE, "--workers", "0", "--patience", "0", "--warmup-steps", "3"], 1, "fork"),
     "two workers": ([*ONE, "--workers", "2"], 1, "fork"),
     "two ranks": ([*TINY, "--batch-size", "4", "--workers", "0", "--ema", "0.9"], 2, "fork"),
     "spawn": ([*ONE, "--workers", "1"], 1, "spawn"),
 }
-HANG_S = 300
+HANG_S = 600
 TIMES = {
     "minutes",
     "slabs_per_second",
@@ -106,6 +108,11 @@ def start(folder: Path, flags: list[str], count: int, method: str) -> list[int]:
             run_command(folder, flags, method)
         pids.append(pid)
     return pids
+
+
+def draw_nothing(path: Path, *_: object) -> None:
+    """Stand in for a plot: drawing takes as long as the rest of so small a run."""
+    path.touch()
 
 
 def wait_for(pids: list[int]) -> list[int]:
@@ -207,6 +214,7 @@ def main() -> None:
     arguments = parser.parse_args()
     number = signal.Signals[arguments.signal]
     draw = random.Random(arguments.seed)
+    train.plots.plot_curves = train.overlays.plot_batch = draw_nothing
     results = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
