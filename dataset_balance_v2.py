@@ -227,9 +227,9 @@ class BalancedSampler(Sampler):
 def start_worker(_: int) -> None:
     """Keep a loader worker to one thread, and let what computes go first where both want one core.
 
-    A signal that ends training is sent to its workers too; they serve the step that is finished first.
+    A signal that stops training is often sent to its workers too; they serve the step that is finished first.
     """
-    signals.ignore_signals()
+    signals.spare_worker()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     if hasattr(os, "nice"):

@@ -207,6 +207,8 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
 
 def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
     """Return the settings of a run to go on with; InputError where the command line contradicts them."""
+    if folder.name in ("", ".."):  # --resume . has no name
+        folder = folder.resolve()
     checkpoint = checkpoints.load_checkpoint(folder / "last.pt")
     saved = command.from_plain(TrainConfig, checkpoint["config"])
     defaults = dataclasses.replace(

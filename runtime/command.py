@@ -8,6 +8,7 @@ checkpoint.
 import contextlib
 import dataclasses
 import errno
+import gc
 import io
 import itertools
 import math
@@ -220,32 +221,33 @@ def run_command(
     try:
         signals.catch_signals(begin=True)
         main(choose(parse_with) if choose else parse_with())
+        code = 0
     except InputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except signals.Stopped as stop:
         print(f"\n{name}: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C.", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except (RuntimeError, MemoryError, OSError, cv2.error) as error:
         flags = {field.name for field in dataclasses.fields(settings_class)}
-        if exhausted := explain_exhausted(error, flags):
-            print(f"{name}: error: {exhausted}", file=sys.stderr)
-            sys.exit(2)
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-            raise
-        place = f" at {error.filename}" if error.filename else ""
-        print(
-            f"{name}: error: cannot write{place}: {error.strerror}; free space or choose another folder.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        words = explain_exhausted(error, flags)
+        if not words:
+            if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+                raise
+            place = f" at {error.filename}" if error.filename else ""
+            words = f"cannot write{place}: {error.strerror}; free space or choose another folder."
+        print(f"{name}: error: {words}", file=sys.stderr)
+        code = 2
     finally:
         signals.release_signals()
         close_log()
         claims.release_claims()
+    if code:
+        gc.collect()  # with the error go the loader workers that its frames hold; at exit they would wait
+        sys.exit(code)
 
 
 def command_line() -> str:

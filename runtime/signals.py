@@ -71,12 +71,18 @@ def catch_signals(begin: bool = False) -> None:
 
 
 def ignore_signals() -> None:
-    """Leave it to the process that started this one when it ends: for loader workers, who are sent them too.
-
-    Torch's workers end when their parent is gone.
-    """
+    """Leave it to others when this process ends: for a rank that ends already."""
     for number in CAUGHT:
         signal.signal(number, signal.SIG_IGN)
+
+
+def spare_worker() -> None:
+    """Let a loader worker outlive the signal that its parent got too, and serve the step that is finished.
+
+    A second SIGTERM ends it: such its parent sends at the latest when it exits.
+    """
+    ignore_signals()
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))
 
 
 def release_signals() -> None:

@@ -220,7 +220,9 @@ def main() -> None:
         root = Path(place)
         phantom.write_cohort(root / "phantoms", 6, 0, (16, 48, 48), (10.0, 5.0, 5.0), "internal")
         seconds = {}
-        for kind in [arguments.kinds[index % len(arguments.kinds)] for index in range(arguments.trials)]:
+        tried = 0
+        while len(results) < arguments.trials:
+            kind = arguments.kinds[len(results) % len(arguments.kinds)]
             flags, count, method = KINDS[kind]
             if kind not in seconds:  # the run that nobody kills
                 (root / kind).mkdir()
@@ -238,9 +240,13 @@ def main() -> None:
                         break
             in_training = draw.random() < 0.8  # a run of three epochs spends half its time before the first
             moment = Moment(in_training, draw.uniform(0, seconds[kind][in_training]), draw.randrange(2))
-            folder = root / f"trial {len(results)}"
-            results.append(kill_and_resume(kind, folder, moment, number))
-            print(json.dumps(results[-1]), flush=True)
+            tried += 1
+            folder = root / f"trial {tried}"
+            result = kill_and_resume(kind, folder, moment, number)
+            if not any(result["exit_codes"]):
+                continue  # it had ended before
+            results.append(result)
+            print(json.dumps(result), flush=True)
             if not results[-1]["survived"]:
                 print((folder / "said.txt").read_text(), file=sys.stderr)
             shutil.rmtree(folder)
