@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_ranks import said, torchrun
 
+import final_evaluation_v2
 import inference_v2
 import train_drunet_v2 as train
 from cohort.selection import TrainingSource
@@ -275,9 +276,45 @@ def test_sigterm_leaves_a_run_to_resume_and_no_litter(tmp_path: Path, phantom_co
     assert "stopped in epoch" in (folder / "train.log").read_text()
 
 
+def test_deterministic_gives_the_same_bits_for_any_number_of_workers(
+    whole: Path, phantom_cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.cpu_threads, "choose_threads", lambda _: pytest.fail("threads are not chosen"))
+    train.main(dataclasses.replace(settings_of(phantom_cohort, "workers"), workers=2))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert_same_runs(Path("results/workers"), whole)
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Inference
+# Audit and inference
 # ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_audit_keeps_and_lists_what_is_done(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = final_evaluation_v2.EvaluationConfig(
+        run=str(whole), device="cpu", cache_dir=settings_of(Path(), "x").source.cache_dir
+    )
+    original = final_evaluation_v2.evaluate_case
+
+    def stop_in_first(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(final_evaluation_v2, "evaluate_case", stop_in_first)
+        with pytest.raises(signals.Stopped, match="1 cases are in .*stopped_per_case.csv"):
+            final_evaluation_v2.main(config)
+    names = {path.name for path in (whole / "evaluation").iterdir()}
+    assert "stopped_per_case.csv" in names
+    assert not {"metrics_per_case.csv", "summary.json"} & names
+    assert pd.read_csv(whole / "evaluation" / "stopped_per_case.csv")["case"].nunique() == 1
+    monkeypatch.setattr(final_evaluation_v2, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(final_evaluation_v2, "write_report", lambda *_: None)
+    signals.catch_signals(begin=True)
+    final_evaluation_v2.main(config)
+    names = {path.name for path in (whole / "evaluation").iterdir()}
+    assert {"metrics_per_case.csv", "summary.json"} <= names
+    assert "stopped_per_case.csv" not in names
 
 
 def test_inference_keeps_and_lists_what_is_done(
