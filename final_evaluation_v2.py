@@ -153,7 +153,7 @@ def main(config: EvaluationConfig) -> None:
     set_seed(config.seed)
     run = from_main(Path(config.run) if config.run else newest_run(Path("results")))
     folder = Path(config.output) if config.output else run / "evaluation"
-    if is_main():
+    if is_main() and run.is_dir():
         claim_folder(run, "wait until that one ends, or audit a copy of the folder")
     model = load_model(run / "best.pt", local_device(choose_device(config.device)), config.amp)
     split = read_split_of(run, model)

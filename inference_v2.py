@@ -445,8 +445,8 @@ def main(config: InferenceConfig) -> None:
     protect_inputs([checkpoint, *(path for case in cases for path in case.files)])
     output = choose_output(config, model)
     if is_main():
-        claim_folder(output.folder, "choose another --output")
         check_outputs(output, cases)
+        claim_folder(output.folder, "choose another --output")
     done = from_main(find_done(output, cases) if is_main() and config.skip_done else {})
     if config.compile:
         model = compile_model(model, config.batch_size, config.tta)

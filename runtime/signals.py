@@ -147,7 +147,7 @@ def _handle(number: int, _frame: object) -> None:
                 signal.signal(each, signal.SIG_DFL)  # ends it even amid a long computation
     if not _state.finishes_first:
         raise Stopped
-    _say(f"{name_of(number)}: stopping after this step, a second one stops at once")
+    _say(f"{name_of(number)}: finishing what is at hand first, a second one stops at once")
 
 
 def _say(text: str) -> None:

@@ -302,7 +302,7 @@ def test_an_audit_keeps_and_lists_what_is_done(whole: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(final_evaluation_v2, "evaluate_case", stop_in_first)
-        with pytest.raises(signals.Stopped, match="1 cases are in .*stopped_per_case.csv"):
+        with pytest.raises(signals.Stopped, match=r"1 cases are in .*stopped_per_case.csv"):
             final_evaluation_v2.main(config)
     names = {path.name for path in (whole / "evaluation").iterdir()}
     assert "stopped_per_case.csv" in names
