@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 import tyro
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from audit.plots import plot_balance
 from cohort.augmentation import build_augmentation
@@ -229,7 +229,8 @@ def start_worker(_: int) -> None:
 
     A signal that stops training is often sent to its workers too; they serve the step that is finished first.
     """
-    signals.spare_worker()
+    if get_worker_info() is not None:
+        signals.spare_worker()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     if hasattr(os, "nice"):

