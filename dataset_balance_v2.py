@@ -17,13 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime import signals
+
+    signals.catch_signals()
+
 import cv2
 import numpy as np
 import pandas as pd
 import torch
 import tyro
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from audit.plots import plot_balance
 from cohort.augmentation import build_augmentation
@@ -41,6 +46,7 @@ from cohort.preprocess import (
     fit_slices,
     place_slices,
 )
+from runtime import signals
 from runtime.command import Share, run_command
 from runtime.errors import InputError
 from runtime.files import check_output, write_output
@@ -256,7 +262,8 @@ class BalancedSampler(Sampler):
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
-        self.epoch = 0  # set before each pass
+        self.epoch = 0  # set before each pass, as is
+        self.drawn = 0  # how many of this rank's draws were taken before
 
     def __len__(self) -> int:
         return self.draws // self.ranks
@@ -265,12 +272,17 @@ class BalancedSampler(Sampler):
         generator = np.random.default_rng([self.seed, self.epoch])
         rows = generator.choice(len(self.weights), self.draws, p=self.weights)
         seeds = generator.integers(0, 2**31, self.draws)
-        mine = slice(self.rank, len(self) * self.ranks, self.ranks)
+        mine = slice(self.rank + self.drawn * self.ranks, len(self) * self.ranks, self.ranks)
         return iter(zip(rows[mine].tolist(), seeds[mine].tolist(), strict=True))
 
 
 def start_worker(_: int) -> None:
-    """Keep a loader worker to one thread, and let what computes go first where both want one core."""
+    """Keep a loader worker to one thread, and let what computes go first where both want one core.
+
+    A signal that stops training is often sent to its workers too; they serve the step that is finished first.
+    """
+    if get_worker_info() is not None:
+        signals.spare_worker()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     if hasattr(os, "nice"):
@@ -303,7 +315,8 @@ def name_cases(loader: DataLoader, first: int, last: int) -> list[str]:
 
     The sampler draws the same each time it is asked, so no batch need say what it is of.
     """
-    keys = itertools.islice(loader.sampler, first * loader.batch_size, (last + 1) * loader.batch_size)
+    begin, end = (batch * loader.batch_size - loader.sampler.drawn for batch in (first, last + 1))
+    keys = itertools.islice(loader.sampler, begin, end)
     slabs = loader.dataset
     mine = {slabs.cases[slabs.rows[row][0]].case_id for row, _ in keys}
     return sorted(set().union(*gather_shares([mine])))

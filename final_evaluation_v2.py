@@ -20,6 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime import signals
+
+    signals.catch_signals()
+
 import numpy as np
 import pandas as pd
 import torch
@@ -41,7 +46,7 @@ from audit.overlays import take_picture
 from audit.postprocess import postprocess, settings_of, threshold_regions
 from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
-from audit.score import ScoreSettings, score_predictions
+from audit.score import PARTIAL, ScoreSettings, leave_partial, score_predictions
 from audit.seen import attach_volumes, count_grades, identify_seen, search_leakage
 from audit.sources import add_origin, count_missing, first_present, summarise_by_source
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
@@ -63,7 +68,9 @@ from cohort.leakage import (
 from cohort.several import list_folders, rename_patients, show_folders
 from cohort.split import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, choose_threads, join_models, load_model, predict_views
+from runtime import signals
 from runtime.checkpoints import newest_run
+from runtime.claims import claim_folder
 from runtime.command import Count, Seed, command_line, run_command
 from runtime.errors import InputError
 from runtime.files import (
@@ -76,6 +83,7 @@ from runtime.files import (
 from runtime.log import log, progress
 from runtime.machine import DeviceName, choose_device, describe_machine, describe_versions, set_seed
 from runtime.ranks import (
+    agree_to_stop,
     end_together,
     from_main,
     gather_shares,
@@ -183,7 +191,8 @@ def audit_folds(config: EvaluationConfig, run: Path, folder: Path, device: torch
         parts.append(audit_cohorts(config, folder, whole, cohorts))
     for number, (model, cohorts) in enumerate(zip(models, chosen, strict=True)):
         log.info("fold %d of 0 to %d", number, len(models) - 1)
-        parts.append(audit_cohorts(config, folder, model, cohorts))
+        measured = [audit.rows for part in parts for audit in part.audits.values()]
+        parts.append(audit_cohorts(config, folder, model, cohorts, measured))
         for audit in parts[-1].audits.values():
             audit.rows.insert(1, "fold", number)
     leakage = join_leakage([part.leakage for part in parts])
@@ -204,9 +213,16 @@ def audit_folds(config: EvaluationConfig, run: Path, folder: Path, device: torch
 
 
 def audit_cohorts(
-    config: EvaluationConfig, folder: Path, model: TrainedModel, chosen: dict[str, list[Case]]
+    config: EvaluationConfig,
+    folder: Path,
+    model: TrainedModel,
+    chosen: dict[str, list[Case]],
+    measured: Sequence[pd.DataFrame] = (),
 ) -> Audited:
-    """Search the cohorts of `choose_cohorts` for cases that a network has seen, then predict and measure."""
+    """Search the cohorts of `choose_cohorts` for cases that a network has seen, then predict and measure.
+
+    Where a signal stops it, the rows `measured` before are written with its own.
+    """
     settings = (model.modalities, model.regions, config.cache_dir)
     at_hand = [*chosen.pop("seen"), *chosen.get("validation", ())]
     cohorts = {name: prepare_for_all_ranks(cases, *settings) for name, cases in chosen.items()}
@@ -230,11 +246,14 @@ def audit_cohorts(
     proven = select_proven(leakage)
 
     audits = {}
-    for cohort, cases in cohorts.items():
-        choose_threads(model, config.batch_size)
-        seen_ids = set(proven.loc[proven["cohort"] == cohort, "case"])
-        log_spacing(model, cohort, cases)
-        audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
+    with signals.finish_first():
+        for cohort, cases in cohorts.items():
+            choose_threads(model, config.batch_size)
+            seen_ids = set(proven.loc[proven["cohort"] == cohort, "case"])
+            log_spacing(model, cohort, cases)
+            audits[cohort] = evaluate_cohort(model, cohort, cases, seen_ids, config.batch_size)
+            if agree_to_stop():
+                raise leave_partial(folder, pd.concat([*measured, join_rows(audits)], ignore_index=True))
     return Audited(model, audits, cohorts, leakage, seen, different)
 
 
@@ -261,12 +280,17 @@ def main(config: EvaluationConfig) -> None:
     set_seed(config.seed)
     run = from_main(Path(config.run) if config.run else newest_run(Path("results")))
     folder = Path(config.output) if config.output else run / "evaluation"
+    if is_main():
+        if run.is_dir():
+            claim_folder(run, "wait until that one ends, or audit a copy of the folder")
+        claim_folder(folder, "choose another --output")
     audit_all = audit_folds if is_run_of_folds(run) else audit_run
     audited = audit_all(config, run, folder, local_device(choose_device(config.device)))
     if not is_main():
         return
     model, audits, leakage = audited.model, audited.audits, audited.leakage
     rows = add_origin(join_rows(audits), audited.cohorts)
+    (folder / PARTIAL).unlink(missing_ok=True)
     if audited.folds:
         rows = rows.astype({"fold": "Int64"})  # whole numbers; external cases have none
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
@@ -431,18 +455,20 @@ def evaluate_cohort(
 ) -> CohortAudit:
     """Predict and measure all cases of a cohort; `seen` are the ids of those that were in training.
 
-    Ranks share the cases; each gets what was measured of all.
+    Ranks share the cases; each gets what was measured of all. After a signal the last cases are missing.
     """
-    mine = progress(share_of(cases), f"auditing {cohort}", "case")
-    audits = gather_shares([evaluate_case(model, cohort, case, batch_size) for case in mine])
+    mine = []
+    for case in progress(share_of(cases), f"auditing {cohort}", "case"):
+        mine.append(evaluate_case(model, cohort, case, batch_size))
+        if signals.is_stopping():
+            break
+    audits = gather_shares(mine)
     # pooled in the order of the cases, not rank by rank: bins hold sums of floats, which depend on the order
     counts = {mode: sum(audit.counts[mode] for audit in audits) for mode in MODES}
     bins = {mode: sum(audit.bins[mode] for audit in audits) for mode in MODES}
     rows = pd.DataFrame([row for audit in audits for row in audit.rows])
     rows.insert(rows.columns.get_loc("mode") + 1, "seen_in_training", rows["case"].isin(seen))
-    pictures = {
-        case.case_id: audit.picture for case, audit in zip(cases, audits, strict=True) if audit.picture
-    }
+    pictures = {audit.rows[0]["case"]: audit.picture for audit in audits if audit.picture}
     return CohortAudit(rows, counts, bins, pictures)
 
 

@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime import signals
+
+    signals.catch_signals()
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -59,8 +64,9 @@ from cohort.preprocess import (
 from cohort.several import show_folders
 from cohort.split import cases_of_split, read_split
 from model_drunet_v2 import build_network, prepare_network
-from runtime import cpu_threads
+from runtime import cpu_threads, signals
 from runtime.checkpoints import load_checkpoint, load_weights, newest_run
+from runtime.claims import claim_folder
 from runtime.command import Count, Share, run_command
 from runtime.errors import InputError
 from runtime.files import protect_inputs
@@ -69,6 +75,7 @@ from runtime.machine import DeviceName, amp_dtype, choose_device
 from runtime.onnx_file import OnnxNetwork, load_onnx
 from runtime.probe import Batch, FixedBatch, compile_network, try_pass
 from runtime.ranks import (
+    agree_to_stop,
     end_together,
     from_main,
     gather_shares,
@@ -487,7 +494,8 @@ def predict_case(config: InferenceConfig, model: TrainedModel, read: ReadCase) -
 def segment_cases(config: InferenceConfig, model: TrainedModel, cases: Sequence[Case]) -> Iterator[list[Row]]:
     """Segment cases and write their masks and overlays; yield each case's rows of volumes.csv, in order.
 
-    A case that cannot be read or written gets one row, with the reason under "error".
+    A case that cannot be read or written gets one row, with the reason under "error". After a signal the case
+    at hand is finished and no other one is begun.
     """
     output = choose_output(config, model)
 
@@ -505,6 +513,8 @@ def segment_cases(config: InferenceConfig, model: TrainedModel, cases: Sequence[
 
     def compute() -> Iterator[Callable[[], list[Row]]]:
         for read in read_ahead(cases, try_read):
+            if signals.is_stopping():
+                return
             if isinstance(read, ReadCase):
                 doubts = model.find_doubts(read.volume.shape[2:], read.frame)
                 read = read._replace(warnings=(*read.warnings, *doubts))
@@ -534,6 +544,7 @@ def main(config: InferenceConfig) -> None:
     output = choose_output(config, model)
     if is_main():
         check_outputs(output, cases)
+        claim_folder(output.folder, "choose another --output")
     done = from_main(find_done(output, cases) if is_main() and config.skip_done else {})
     if config.compile:
         model = compile_model(model, config.batch_size, config.tta)
@@ -543,12 +554,16 @@ def main(config: InferenceConfig) -> None:
         log.info("%d of %d cases are done already", len(done), len(cases))
     waiting = [case for case in cases if case.case_id not in done]
     own_cases = share_of(waiting)
-    segmented = segment_cases(config, model, own_cases)
-    rows_by_case = gather_shares(list(progress(segmented, "segmenting", "case", len(own_cases))))
-    done |= {case.case_id: rows for case, rows in zip(waiting, rows_by_case, strict=True)}
-    rows = [row for case in cases for row in done[case.case_id]] + from_main(failed)
-    if is_main():
-        report(output, model, rows)
+    with signals.finish_first():
+        segmented = segment_cases(config, model, own_cases)
+        rows_by_case = gather_shares(list(progress(segmented, "segmenting", "case", len(own_cases))))
+        done |= {rows[0]["case"]: rows for rows in rows_by_case}
+        rows = [row for case in cases for row in done.get(case.case_id, ())] + from_main(failed)
+        if is_main():
+            report(output, model, rows)
+        if agree_to_stop():
+            words = f"{len(done)} of {len(cases)} cases are done and in {output.folder / 'volumes.csv'}"
+            raise signals.Stopped(f"{words}; go on by the same command with --skip-done", is_agreed=True)
     wait_for_all()  # torchrun stops the other ranks once one has ended with an exit code
     if any(row.get("error") for row in rows):
         sys.exit(1)

@@ -15,12 +15,18 @@ import dataclasses
 import functools
 import itertools
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from runtime import signals
+
+    signals.catch_signals()
 
 import numpy as np
 import torch
@@ -35,10 +41,24 @@ from audit import overlays, plots, postprocess
 from cohort import cache, folds, initial, phantom, selection, several
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
-from runtime import checkpoints, command, cpu_threads, epoch_log, files, machine, probe, ranks, rates
-from runtime.command import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share
+from runtime import (
+    checkpoints,
+    claims,
+    command,
+    cpu_threads,
+    epoch_log,
+    files,
+    machine,
+    probe,
+    ranks,
+    rates,
+    signals,
+)
+from runtime import place as places
+from runtime.command import Count, CountOrZero, Decay, NotNegative, PlainName, Positive, Seed, Share
 from runtime.errors import InputError
 from runtime.log import log, log_to_file, progress, start_log
+from runtime.place import Place
 from runtime.state import Clock, Recipe, TrainState, start_state
 from runtime.steps import StepGuard
 from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
@@ -53,7 +73,7 @@ class TrainConfig:
     """Settings of a training run; the defaults are those of the published method."""
 
     # the run
-    run: str | None = None
+    run: PlainName | None = None
     """name of the run folder; default: the data folder's name and the time"""
     results_dir: str = "results"
     """folder that holds the runs"""
@@ -155,6 +175,9 @@ class TrainConfig:
     """batch statistics over the slabs of all ranks, under torchrun"""
     probe: bool = True
     """log before the first epoch what memory a step of full size needs"""
+    deterministic: bool = False
+    """the same bits each time on one kind of machine, with any number of workers: torch's deterministic
+    algorithms, and on a CPU no choice of the fastest number of threads; a step there takes 10 % longer"""
 
 
 # What the demo sets where the command line says nothing else.
@@ -212,6 +235,8 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
 
 def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
     """Return the settings of a run to go on with; InputError where the command line contradicts them."""
+    if folder.name in ("", ".."):  # --resume . has no name
+        folder = folder.resolve()
     if folds.is_run_of_folds(folder):
         return settings_of_folds(folder, parse)
     checkpoint, _ = checkpoints.load_last(folder)
@@ -295,8 +320,12 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Clock) -> dict[str, float]:
+def train_one_epoch(
+    run: Run, state: TrainState, loader: DataLoader, clock: Clock, place: Place
+) -> dict[str, float]:
     """Run the epoch's steps, fewer (one at least) where the clock runs out; return its loss, Dice and speed.
+
+    It goes on from `place` and moves it. A signal ends it after an optimiser step, the same one on all ranks.
 
     The Dice is of the slabs drawn (augmented, balanced), pooled over the epoch, at probability 0.5: a sign of
     progress, not a result. Counts stay on the device and are read every 10 steps. Of several ranks each runs
@@ -309,12 +338,17 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
     pool = ranks.sum_over_ranks if ranks.world_size() > 1 else None
     loss_function = HybridFocalDiceLoss(config.focal_weight, config.dice_weight, pool=pool)
     warmup_steps = min(config.warmup_steps, len(loader) // config.accumulate)
-    totals = torch.zeros(4, device=device)  # loss, overlap, predicted + reference voxels, steps
-    guard = StepGuard(state, totals, functools.partial(dataset.name_cases, loader), remedy_of(run, state))
-    start, waited_s, slabs = time.perf_counter(), 0.0, 0
-    steps = progress(loader, f"epoch {state.epoch + 1}/{config.epochs}", "step")
+    totals, waited_s = place.totals, place.waited_s
+    name_cases = functools.partial(dataset.name_cases, loader)
+    guard = StepGuard(state, place, name_cases, remedy_of(run, state))
+    start = time.perf_counter() - place.seconds
+    loader.sampler.epoch, loader.sampler.drawn = state.epoch, place.steps * config.batch_size
+    left = () if place.is_over else loader
+    title = f"epoch {state.epoch + 1}/{config.epochs}"
+    steps = progress(left, title, "step", 0 if place.is_over else len(loader) - place.steps)
+    is_update_step = True
     asked = time.perf_counter()
-    for index, (slab, target) in enumerate(steps):
+    for index, (slab, target) in enumerate(steps, place.steps):
         waited_s += time.perf_counter() - asked
         slab = slab.to(device, non_blocking=True, memory_format=torch.channels_last)  # (N, C*K, S, S)
         target = target.to(device, non_blocking=True)  # (N, R, S, S)
@@ -327,24 +361,29 @@ def train_one_epoch(run: Run, state: TrainState, loader: DataLoader, clock: Cloc
         totals = totals + count_step(loss, logits, target)
         if is_update_step:
             totals = guard.judge(update_weights(config, state, warmup_steps), totals, index)
-        slabs += len(slab)
+        place.steps = index + 1
         is_last = clock.is_out()
         if index % 10 == 0 or index + 1 == len(loader) or is_last:
             figures = running_figures(totals)
             rate = state.optimizer.param_groups[0]["lr"]
             steps.note(f"loss {figures['train_loss']:.3f} Dice {figures['train_dice']:.3f} lr {rate:.1e}")
-        if is_last:
+        if is_last or (is_update_step and ranks.agree_to_stop()):
+            place.is_over = is_last or place.steps == len(loader)
             break
         asked = time.perf_counter()
-    seconds = time.perf_counter() - start
+    else:
+        place.is_over = True
+    place.seconds, place.waited_s = time.perf_counter() - start, waited_s
     if not is_update_step and not ranks.sum_counts(totals).isfinite().all():
         totals = guard.leave_out(index)  # batches that fill no step: none has looked at their gradient
     figures = running_figures(ranks.sum_counts(totals))
     if not math.isfinite(figures["train_loss"]):
         raise InputError("the loss", f"was finite in no step of epoch {state.epoch + 1}", guard.remedy)
-    speed = slabs * ranks.world_size() / seconds
-    figures |= {"slabs_per_second": speed, "waiting_share": waited_s / seconds}
-    return figures | {"steps_left_out": guard.left_out, "steps_overflowed": guard.overflowed}
+    place.totals = totals
+    places.note_buffers(place, state)
+    speed = place.steps * config.batch_size * ranks.world_size() / place.seconds
+    figures |= {"slabs_per_second": speed, "waiting_share": waited_s / place.seconds}
+    return figures | {"steps_left_out": place.left_out, "steps_overflowed": place.overflowed}
 
 
 def remedy_of(run: Run, state: TrainState) -> str:
@@ -399,11 +438,13 @@ def validate(
 ) -> np.ndarray:
     """Return Dice (cases, R, len(THRESHOLDS)) per case, region and threshold: whole volumes, no TTA.
 
-    Ranks share the cases; each gets the Dice of all.
+    Ranks share the cases; each gets the Dice of all. After a signal the last ones are missing (0).
     """
     mine = ranks.share_of(cases)
     dice = np.zeros((len(mine), len(trained.regions), len(THRESHOLDS)))
     for index, case in enumerate(progress(mine, "validating", "case")):
+        if signals.is_stopping():
+            break
         probabilities = inference.predict_volume(
             trained, case.volume, case.brain_voxels, tta=False, batch_size=batch_size, frame=case.frame
         )
@@ -490,6 +531,22 @@ def has_stalled(config: TrainConfig, state: TrainState) -> bool:
     return state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop
 
 
+def stop_run(run: Run, state: TrainState, place: Place, steps: int) -> NoReturn:
+    """Save last.pt amid an epoch of so many steps and stop, saying how to go on."""
+    last = run.folder / "last.pt"
+    saved = {"place": places.to_checkpoint(place, run.config.batch_size)}
+    saved |= {"config": command.to_plain(run.config), "ranks": ranks.world_size()}
+    if ranks.is_main():
+        checkpoints.save_checkpoint(last, state.to_checkpoint() | saved | run.facts)
+    log.info(f"stopped in epoch {state.epoch + 1} after step {place.steps} of {steps}; saved in {last}")
+    raise signals.Stopped(f"saved after step {place.steps} of {steps}, {how_to_resume(run)}", is_agreed=True)
+
+
+def how_to_resume(run: Run) -> str:
+    """Return the words that say how to go on with a run."""
+    return f"go on with: python train_drunet_v2.py --resume {shlex.quote(str(run.folder))}"
+
+
 def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, validation_dice: float) -> None:
     """Drop the learning rate where validation Dice stands still, or where it is time in any case."""
     done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
@@ -557,8 +614,12 @@ def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
 
 
 def place_run(config: TrainConfig) -> TrainConfig:
-    """Return the settings with data folder and run name; the demo's phantoms are made where missing."""
+    """Return the settings with data folder and run name; the demo's phantoms are made where missing.
+
+    The run's folder is this program's until it ends; InputError where another one has it.
+    """
     if config.resume:
+        claims.claim_folder(Path(config.results_dir) / config.run, "wait until that one ends")
         return config
     if config.modality_dropout and len(config.source.modalities) < 2:
         raise InputError(
@@ -567,11 +628,15 @@ def place_run(config: TrainConfig) -> TrainConfig:
             "name more in --modalities",
         )
     data_dir = phantom.choose_data_dir(config.source.data_dir)
-    name = (
-        config.run
-        or f"{'_'.join(several.name_cohorts(several.list_folders(data_dir)))}_{datetime.now():%Y%m%d_%H%M%S}"
-    )
-    if checkpoints.has_last(Path(config.results_dir) / name):
+    results, remedy = Path(config.results_dir), "choose another --run"
+    if config.run:
+        name = config.run
+        claims.claim_folder(results / name, remedy)
+    else:
+        cohorts = "_".join(several.name_cohorts(several.list_folders(data_dir)))
+        name = f"{files.make_plain_name(cohorts)}_{datetime.now():%Y%m%d_%H%M%S}"
+        name = claims.claim_new_folder(results, name, remedy)
+    if checkpoints.has_last(results / name):
         raise InputError(f"--run {name}", "this run exists", "choose another name or --resume it")
     source = dataclasses.replace(config.source, data_dir=data_dir)
     return dataclasses.replace(config, source=source, run=name)
@@ -665,7 +730,7 @@ def open_run(
 
 def choose_threads(run: Run, network: nn.Module) -> None:
     """Compute with the number of threads that is fastest now, where a CPU computes."""
-    if run.device.type == "cpu":
+    if run.device.type == "cpu" and not run.config.deterministic:
         shape = (min(run.config.batch_size, 4), network.in_channels, run.config.size, run.config.size)
         batch = probe.Batch(shape, run.device, run.dtype)
         cpu_threads.choose_threads(lambda: probe.try_step(network, network, batch))
@@ -691,6 +756,45 @@ def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader:
     )
 
 
+def train_epochs(
+    run: Run,
+    state: TrainState,
+    loader: DataLoader,
+    validation: Sequence[cache.PreparedCase],
+    clock: Clock,
+    place: Place,
+) -> None:
+    """Train and validate from `place` on, until epochs, clock or patience run out or a signal comes."""
+    config = run.config
+    minutes_before, first_epoch = state.minutes, state.epoch
+    while state.epoch < config.epochs and not has_stalled(config, state):
+        if state.epoch > first_epoch and clock.is_out():
+            break
+        choose_threads(run, state.network)
+        figures = train_one_epoch(run, state, loader, clock, place)
+        if not ranks.agree_to_stop():
+            begun = time.monotonic()
+            ranks.average_buffers(state.network)
+            if state.average:
+                ranks.average_buffers(state.average.module)
+            dice = validate_epoch(run, state, validation)
+            at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))]
+            figures |= several.score_cohorts(validation, at_half, config.source.regions)
+            # the last validation, and one for post-processing
+            clock.reserved_s = 2 * (time.monotonic() - begun)
+        state.minutes = minutes_before + clock.minutes()
+        if ranks.agree_to_stop():
+            stop_run(run, state, place, len(loader))
+        state.epoch += 1
+        finish_epoch(run, state, clock, figures, dice)
+        place = places.start_epoch(run.device)
+        signals.hint(how_to_resume(run))
+        if ranks.agree_to_stop():
+            raise signals.Stopped(is_agreed=True)
+    if has_stalled(config, state):
+        log.info(f"no better validation Dice for {config.early_stop} epochs: stopping early")
+
+
 def main(config: TrainConfig) -> None:
     """Train a run, or the folds of one after another."""
     ranks.join_ranks()
@@ -714,11 +818,14 @@ def train_run(config: TrainConfig) -> None:
         config = share_batch(config, checkpoint.get("ranks", 1), ranks.world_size())
     device = ranks.local_device(machine.choose_device(config.device))
     dtype = machine.amp_dtype(device, config.amp)
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    torch.backends.cudnn.benchmark = not config.deterministic  # every step has the same shapes
+    if config.deterministic:
+        machine.be_deterministic()
     machine.set_seed(config.seed)
     weights = initial.read_initial(config.init) if config.init and not checkpoint else None
     state = make_state(config, device, dtype, weights)
     run, chosen = open_run(config, device, dtype)
+    signals.hint(how_to_resume(run) if checkpoint else "nothing was trained yet, start it again")
     if checkpoint:
         state.log = epoch_log.resume_rows(run.folder / "log.csv", checkpoint)
         state.restore(checkpoint, last)
@@ -739,27 +846,9 @@ def train_run(config: TrainConfig) -> None:
     if ranks.is_main() and not checkpoint:
         draw_first_batch(run, loader)
 
-    minutes_before, first_epoch = state.minutes, state.epoch
-    while state.epoch < config.epochs and not has_stalled(config, state):
-        if state.epoch > first_epoch and clock.is_out():
-            break
-        choose_threads(run, state.network)
-        loader.sampler.epoch = state.epoch
-        figures = train_one_epoch(run, state, loader, clock)
-        begun = time.monotonic()
-        ranks.average_buffers(state.network)
-        if state.average:
-            ranks.average_buffers(state.average.module)
-        dice = validate_epoch(run, state, cases["validation"])
-        figures |= several.score_cohorts(
-            cases["validation"], dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))], config.source.regions
-        )
-        clock.reserved_s = 2 * (time.monotonic() - begun)  # the last validation, and one for post-processing
-        state.epoch += 1
-        state.minutes = minutes_before + clock.minutes()
-        finish_epoch(run, state, clock, figures, dice)
-    if has_stalled(config, state):
-        log.info(f"no better validation Dice for {config.early_stop} epochs: stopping early")
+    place = places.restore_place((checkpoint or {}).get("place"), state, config.batch_size)
+    with signals.finish_first():
+        train_epochs(run, state, loader, cases["validation"], clock, place)
     log.info(
         f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over "
         f"{len(cases['validation'])} cases, threshold 0.5, no TTA"

@@ -18,7 +18,7 @@ from audit.overlays import plot_overlay
 from cohort.cases import Case, is_stack_case, label_paths, save_labels, save_map
 from cohort.labels import labels_from_regions
 from cohort.preprocess import BRAIN_SLICE_VOXELS, Frame, find_doubts
-from runtime.files import check_output, is_written_by_us, refuse_input, write_output
+from runtime.files import check_output, check_plain_name, is_written_by_us, refuse_input, write_output
 from runtime.log import log
 
 FINISHED = ".drunet_cases"
@@ -78,7 +78,12 @@ class Output:
 
 
 def check_outputs(output: Output, cases: Sequence[Case]) -> None:
-    """Raise InputError where a file of the cases, or the table, would replace what is not ours."""
+    """Raise InputError where a file of the cases, or the table, would replace what is not ours.
+
+    And where a case's id cannot be part of a file's name.
+    """
+    for case in cases:
+        check_plain_name(case.case_id, "the case")
     for path in (*(path for case in cases for path in output.paths_of(case)), output.folder / "volumes.csv"):
         check_output(path, output.overwrite)
 

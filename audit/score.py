@@ -34,13 +34,17 @@ from cohort.predictions import (
     read_masks,
     usual_regions,
 )
+from runtime import signals
+from runtime.claims import claim_folder
 from runtime.command import command_line
 from runtime.errors import InputError
 from runtime.files import write_atomically, write_json
 from runtime.log import log
 from runtime.machine import describe_machine, describe_versions
 from runtime.processes import map_in_processes
+from runtime.ranks import is_main
 
+PARTIAL = "stopped_per_case.csv"  # rows of an audit that a signal stopped
 COHORT = "predictions"  # the name in the summary: whether they are held out is not known
 
 
@@ -70,6 +74,7 @@ def score_predictions(settings: ScoreSettings) -> None:
     """Audit the masks of another tool against their references and write numbers, plots and report."""
     folder = settings.folder
     refuse_other_scores(folder, settings.predictions)
+    claim_folder(folder, "choose another --output")
     matched = choose_pairs(settings)
     cases = [case for case, _ in matched.pairs]
     values = collect_values(matched.pairs)
@@ -79,11 +84,18 @@ def score_predictions(settings: ScoreSettings) -> None:
     if as_one:
         log.info("the masks hold 0 and 1 alone: every voxel of 1 is taken as %s", regions[0])
     score = functools.partial(score_case, regions=regions, is_binary=as_one)
-    scored = list(map_in_processes(score, matched.pairs, "scoring", "case"))
+    scored = []
+    with signals.finish_first():
+        for of_case in map_in_processes(score, matched.pairs, "scoring", "case"):
+            scored.append(of_case)
+            if signals.is_stopping():
+                rows = pd.DataFrame([row for of_case, _ in scored for row in of_case])
+                raise leave_partial(folder, rows)
     rows = pd.DataFrame([row for of_case, _ in scored for row in of_case])
     pictures = {case.case_id: picture for case, (_, picture) in zip(cases, scored, strict=True)}
     warn_of_regions(rows)
     write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
+    (folder / PARTIAL).unlink(missing_ok=True)
     summary = summarise_scores(settings, matched, rows, regions)
     write_json(folder / "summary.json", summary)
     log_summary(summary)
@@ -91,6 +103,16 @@ def score_predictions(settings: ScoreSettings) -> None:
     results = AuditResults(Path(settings.name), summary, rows, leakage, {}, {COHORT: pictures})
     write_report(folder / "report.html", results, draw_figures(results, folder))
     log.info("report: %s", folder / "report.html")
+
+
+def leave_partial(folder: Path, rows: pd.DataFrame) -> signals.Stopped:
+    """Write what was measured before a signal came to a table that no command reads; return what to raise."""
+    cases = len(rows.drop_duplicates(["cohort", "case"]))
+    path = folder / PARTIAL
+    if is_main():
+        write_atomically(path, lambda target: rows.to_csv(target, index=False))
+        log.info("stopped: %d cases are measured and in %s; there is no summary of them", cases, path)
+    return signals.Stopped(f"{cases} cases are in {path}; audit again for a summary", is_agreed=True)
 
 
 def refuse_other_scores(folder: Path, predictions: Path) -> None:

@@ -8,6 +8,7 @@ checkpoint.
 import contextlib
 import dataclasses
 import errno
+import gc
 import io
 import itertools
 import math
@@ -19,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import cv2
 import tyro
 
-from runtime import machine
+from runtime import claims, machine, signals
 from runtime.errors import InputError
 from runtime.exhausted import explain_exhausted
+from runtime.files import check_plain_name
 from runtime.log import close_log, start_log
+from runtime.streams import mend_streams
 
 Settings = TypeVar("Settings")
 # Errors of a disk or a path that no code can mend; those of a path name it.
@@ -66,6 +70,10 @@ class Distinct:
     """Marks a setting that takes one value or more, each once."""
 
 
+class Plain:
+    """Marks a setting that is the name of one file or folder, without a path."""
+
+
 def _number(kind: type, allowed: Range) -> Any:
     return Annotated[kind, allowed, tyro.conf.arg(metavar=f"{kind.__name__.upper()} {allowed}")]
 
@@ -78,6 +86,7 @@ Positive = _number(float, Range(0, above=True))
 NotNegative = _number(float, Range(0))
 Share = _number(float, Range(0, 1))
 Decay = _number(float, Range(0, 1, below=True))
+PlainName = Annotated[str, Plain()]
 
 
 def check_settings(settings: Any) -> None:
@@ -98,6 +107,8 @@ def check_settings(settings: Any) -> None:
                 for number in values:
                     if number is not None and not marker.holds(number):
                         raise InputError(f"{flag} {number}", f"must be a number {marker}")
+            if isinstance(marker, Plain) and value is not None:
+                check_plain_name(value, flag)
             if isinstance(marker, Distinct) and not values:
                 raise InputError(flag, "needs a value")
             if isinstance(marker, Distinct) and len(set(values)) < len(values):
@@ -113,13 +124,13 @@ def _check_text(flag: str, text: str) -> None:
 
 
 def _markers(hint: Any) -> Iterator[Any]:
-    """Yield the Range and Distinct objects anywhere in a type."""
+    """Yield the Range, Distinct and Plain objects anywhere in a type."""
     for argument in typing.get_args(hint):
-        if isinstance(argument, Range | Distinct):
+        if isinstance(argument, Range | Distinct | Plain):
             yield argument
         yield from _markers(argument)
     for marker in getattr(hint, "__metadata__", ()):
-        if isinstance(marker, Range | Distinct):
+        if isinstance(marker, Range | Distinct | Plain):
             yield marker
 
 
@@ -211,45 +222,54 @@ def run_command(
     """Parse the command line, call `main(settings)` and turn bad input into one sentence and exit code 2.
 
     `choose` is for settings whose defaults depend on what was typed: it gets a function that parses the
-    command line with the defaults it is given, and returns the settings. Ctrl-C ends with exit code 130; a
-    full disk, and memory that is not enough, with 2. Any other exception is a defect and keeps its traceback.
+    command line with the defaults it is given, and returns the settings. Ctrl-C ends with exit code 130,
+    SIGTERM with 143; a full disk, and memory that is not enough, with 2. Any other exception is a defect and
+    keeps its traceback.
     """
     name = Path(sys.argv[0]).name
 
     def parse_with(defaults: Settings | None = None) -> Settings:
         return parse(settings_class, description, defaults)
 
+    mend_streams()
     start_log()
     machine.keep_freed_memory()
     try:
+        signals.catch_signals(begin=True)
         main(choose(parse_with) if choose else parse_with())
+        code = 0
     except InputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except signals.Stopped as stop:
+        print(f"\n{name}: {stop}", file=sys.stderr)
+        code = stop.exit_code
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C.", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except UnicodeEncodeError as error:
         bad = ascii(error.object)[1:-1][:200]
         print(f"{name}: error: {bad}: is not UTF-8 text; rename the file or folder.", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError, OSError) as error:
+        code = 2
+    except (RuntimeError, MemoryError, OSError, cv2.error) as error:
         flags = {field.name for field in dataclasses.fields(settings_class)}
-        if exhausted := explain_exhausted(error, flags):
-            print(f"{name}: error: {exhausted}", file=sys.stderr)
-            sys.exit(2)
-        if not isinstance(error, OSError) or error.errno not in (DISK_FULL | BAD_PLACE):
-            raise
-        if error.errno in BAD_PLACE and not error.filename:
-            raise
-        place = f" at {error.filename}" if error.filename else ""
-        print(
-            f"{name}: error: cannot write{place}: {error.strerror}; free space or choose another folder.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        words = explain_exhausted(error, flags)
+        if not words:
+            if not isinstance(error, OSError) or error.errno not in (DISK_FULL | BAD_PLACE):
+                raise
+            if error.errno in BAD_PLACE and not error.filename:
+                raise
+            place = f" at {error.filename}" if error.filename else ""
+            words = f"cannot write{place}: {error.strerror}; free space or choose another folder."
+        print(f"{name}: error: {words}", file=sys.stderr)
+        code = 2
     finally:
+        signals.release_signals()
         close_log()
+        claims.release_claims()
+    if code:
+        gc.collect()  # with the error go the loader workers that its frames hold; at exit they would wait
+        sys.exit(code)
 
 
 def command_line() -> str:

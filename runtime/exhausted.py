@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection
 
+import cv2
 import torch
 
 from runtime.errors import InputError
@@ -10,8 +11,17 @@ from runtime.errors import InputError
 # What torch says in a RuntimeError, whatever its type; see torch/utils/data/_utils and c10.
 NO_SHARED_MEMORY = re.compile(r"bus error|shared memory|/torch_\d|\(shm\)", re.IGNORECASE)
 DEAD_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", re.DOTALL)
-NO_CARD_MEMORY = re.compile(r"out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED", re.IGNORECASE)
-NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory", re.IGNORECASE)
+NO_CARD_MEMORY = re.compile(
+    r"out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|unable to find a valid cuDNN algorithm", re.IGNORECASE
+)
+# The third is of NumPy, the fourth of OpenCV: their own error types do not survive the way out of a worker.
+NO_MEMORY = re.compile(
+    r"(can't|cannot) allocate memory|not enough memory|unable to allocate .* for an array|"
+    r"insufficient memory|MemoryError|std::bad_alloc",
+    re.IGNORECASE,
+)
+NO_PROCESS = re.compile(r"can't start new thread|Resource temporarily unavailable", re.IGNORECASE)
+NO_HANDLE = re.compile(r"too many open files|received 0 items of ancdata", re.IGNORECASE)
 
 
 def explain_exhausted(error: BaseException, flags: Collection[str]) -> InputError | None:
@@ -19,11 +29,15 @@ def explain_exhausted(error: BaseException, flags: Collection[str]) -> InputErro
 
     `flags` are the names of the command's settings, "batch_size" for --batch-size: only those are advised.
     """
-    if isinstance(error, InputError) or not isinstance(error, RuntimeError | MemoryError | OSError):
+    kinds = RuntimeError | MemoryError | OSError | cv2.error
+    if isinstance(error, InputError) or not isinstance(error, kinds):
         return None
     text = f"{error} {getattr(error, 'filename', None) or ''}"
     has_workers = "workers" in flags
     smaller = "pass a smaller --batch-size" if "batch_size" in flags else "close other programs"
+    if NO_HANDLE.search(text):
+        remedy = "pass --workers 0 or raise the limit (ulimit -n)" if has_workers else "raise it (ulimit -n)"
+        return InputError("this machine", "lets a program open no more files at once", remedy)
     if has_workers and NO_SHARED_MEMORY.search(text):
         return InputError(
             "/dev/shm",
@@ -42,4 +56,7 @@ def explain_exhausted(error: BaseException, flags: Collection[str]) -> InputErro
     if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         remedy = f"{smaller} or --workers 0" if has_workers else smaller
         return InputError("this machine", "is out of memory", remedy)
+    if NO_PROCESS.search(text):
+        remedy = "pass --workers 0 or raise the limit (ulimit -u)" if has_workers else "raise it (ulimit -u)"
+        return InputError("this machine", "lets you start no more processes or threads", remedy)
     return None

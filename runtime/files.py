@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from runtime.errors import InputError
 from runtime.log import log
 
 WRITTEN = ".drunet_written"  # in each folder of outputs: what this program wrote there
+TEMPORARY = ".drunet_temporary_"  # begins the names of files that are being written
 _inputs: set[str] = set()  # real paths of the files of cases, in this process
 
 
@@ -58,7 +60,7 @@ def write_atomically(
     refuse_input(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(
-        f".{os.getpid()}.{path.name}"
+        f"{TEMPORARY}{os.getpid()}_{path.name}"
     )  # the suffix stays: writers choose the format by it
     try:
         write(temporary)
@@ -152,7 +154,8 @@ def check_output_folder(folder: Path, overwrite: bool = False) -> None:
 
     For commands that write many files of fixed names, such as the audit.
     """
-    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    held = folder.iterdir() if folder.is_dir() else [folder]
+    is_new = not folder.exists() or all(path.name.startswith(".drunet_") for path in held)
     if not is_new and not overwrite and not (folder / WRITTEN).is_file():
         raise InputError(
             folder,
@@ -191,3 +194,34 @@ def read_json(path: Path, flag: str, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{flag} {path}", "holds no settings", f"give {what}")
     return content
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Names
+# ------------------------------------------------------------------------------------------------------------
+
+LONGEST_NAME = 200  # bytes; file systems take 255, and the program adds to some names
+
+
+def check_plain_name(name: str, place: str) -> None:
+    """Raise InputError where a name is not that of one file or folder, on any system."""
+    odd = [sign for sign in name if _is_odd(sign)]
+    problem = None
+    if not name.strip() or name in (".", ".."):
+        problem = "is no name of a folder"
+    elif odd:
+        problem = f"holds {odd[0]!r}"
+    elif len(os.fsencode(name)) > LONGEST_NAME:
+        problem = f"is longer than {LONGEST_NAME} bytes"
+    if problem:
+        raise InputError(f"{place} {name[:40]!r}", problem, "give one plain name, without a path")
+
+
+def _is_odd(sign: str) -> bool:
+    return sign in "/\\" or unicodedata.category(sign) in ("Cc", "Zl", "Zp")  # control signs and line ends
+
+
+def make_plain_name(text: str) -> str:
+    """Return a name that `check_plain_name` takes, with room for more, from any text."""
+    signs = ("_" if _is_odd(sign) else sign for sign in text)
+    return os.fsencode("".join(signs))[: LONGEST_NAME // 2].decode("utf-8", errors="ignore") or "run"

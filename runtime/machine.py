@@ -44,6 +44,13 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def be_deterministic() -> None:
+    """Let torch compute the same bits each time, slower; an operator that cannot raises RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def choose_device(name: str) -> torch.device:
     """Return the torch device for auto, cuda, cpu or mps; InputError where the one asked for is missing."""
     if name == "auto":

@@ -11,6 +11,7 @@ from typing import TypeVar
 import cv2
 import torch
 
+from runtime import signals
 from runtime.errors import InputError
 from runtime.log import progress
 
@@ -52,6 +53,8 @@ def map_in_processes(
         try:
             yield from progress(pool.map(function, items), title, unit, len(items))
         except BrokenProcessPool as error:
+            if signals.is_stopping():  # sent to the whole group of processes
+                raise signals.Stopped from error
             raise InputError(
                 title,
                 "a process was killed, most likely for want of memory",

@@ -29,20 +29,13 @@ import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime import signals
 from runtime.errors import InputError
 
 Value = TypeVar("Value")
 # How long a rank waits for another one, which may be decoding volumes. A dead one is noticed at once.
 PATIENCE = timedelta(hours=4)
 _store: dist.Store | None = None  # shared by all ranks, between `join_ranks` and `leave_ranks`
-
-
-class _Terminated(BaseException):
-    """torchrun stops this rank (SIGTERM). Not an Exception, so that `except Exception` cannot swallow it."""
-
-
-def _stop(_signal: int, _frame: object) -> None:
-    raise _Terminated
 
 
 def join_ranks() -> None:
@@ -59,7 +52,6 @@ def join_ranks() -> None:
         world_size=count,
         timeout=PATIENCE,
     )
-    signal.signal(signal.SIGTERM, _stop)
     if not is_main():
         warnings.simplefilter("ignore")  # the main rank shows the same ones
 
@@ -138,6 +130,15 @@ def sum_counts(counts: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(counts)
     return counts
+
+
+def agree_to_stop() -> bool:
+    """Return whether any rank got a signal to stop; all must ask together."""
+    if world_size() > 1:
+        number = torch.tensor(signals.number())
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        signals.stop_for(int(number))
+    return signals.is_stopping()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -287,8 +288,9 @@ def _leave_group() -> None:
 
 def _end_rank(error: BaseException) -> NoReturn:
     """Raise the error of the first rank that fails; end the others without a word."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # this rank ends already
+    signals.ignore_signals()  # this rank ends already
+    if isinstance(error, signals.Stopped) and error.is_agreed:
+        _end_stopped_rank(error)
     is_first = _is_first_to_end()
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # another rank may be gone
@@ -299,10 +301,22 @@ def _end_rank(error: BaseException) -> NoReturn:
         print(file=sys.stderr)  # the main rank's progress bar may stand on the line
     if not _is_lost_rank(error):
         raise error
-    sys.exit(
+    print(
         f"{Path(sys.argv[0]).name}: error: another rank ended without a word, or torchrun was stopped; "
-        "start it again (training: with --resume)."
+        "start it again (training: with --resume).",
+        file=sys.stderr,
     )
+    sys.exit(error.exit_code if isinstance(error, signals.Stopped) else 1)
+
+
+def _end_stopped_rank(stop: signals.Stopped) -> NoReturn:
+    """End a rank that stops together with the others; the main one says where."""
+    main_rank = is_main()
+    with contextlib.suppress(RuntimeError):
+        _leave_group()
+    if main_rank:
+        raise stop
+    sys.exit(stop.exit_code)
 
 
 def _is_first_to_end() -> bool:
@@ -316,4 +330,6 @@ def _is_first_to_end() -> bool:
 def _is_lost_rank(error: BaseException) -> bool:
     """Return whether an error says that another rank is gone; gloo has no exception type of its own."""
     is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
-    return is_gloo or isinstance(error, _Terminated | dist.DistError)
+    # torchrun sends SIGTERM to the ranks that are left
+    is_sigterm = isinstance(error, signals.Stopped) and error.number == signal.SIGTERM
+    return is_gloo or is_sigterm or isinstance(error, dist.DistError)

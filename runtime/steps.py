@@ -7,6 +7,7 @@ from torch import Tensor
 
 from runtime.errors import InputError
 from runtime.log import log
+from runtime.place import Place
 from runtime.ranks import sum_counts
 from runtime.state import TrainState
 
@@ -22,15 +23,14 @@ class StepGuard:
     """
 
     def __init__(
-        self, state: TrainState, totals: Tensor, name_cases: Callable[[int, int], Sequence[str]], remedy: str
+        self, state: TrainState, place: Place, name_cases: Callable[[int, int], Sequence[str]], remedy: str
     ) -> None:
         self.state = state
+        self.place = place
         self.name_cases = name_cases
         self.remedy = remedy
-        self.left_out = 0
-        self.overflowed = 0
         self.statistics = [each for each in state.network.buffers() if each.is_floating_point()]
-        self._keep(totals, 0)
+        self._keep(place.totals, place.steps)
 
     def judge(self, is_finite: bool, totals: Tensor, batch: int) -> Tensor:
         """Return the epoch's totals after the step that ended with this batch; without it where left out.
@@ -44,14 +44,14 @@ class StepGuard:
             return totals
         scaler = self.state.scaler
         if scaler.is_enabled() and bool(sum_counts(totals).isfinite().all()) and scaler.get_scale() >= 1:
-            self.overflowed += 1
+            self.place.overflowed += 1
             return self._put_back(batch)
         return self.leave_out(batch)
 
     def leave_out(self, batch: int) -> Tensor:
         """Return the totals before the step that ended with this batch; InputError for too many in a row."""
         cases = ", ".join(self.name_cases(self.first_batch, batch))
-        self.left_out += 1
+        self.place.left_out += 1
         self.state.left_out_in_a_row += 1
         log.warning(
             "epoch %d, batch %d: the gradient is not finite, so this step is left out; its cases: %s",

@@ -15,6 +15,7 @@ from dataset_balance_v2 import BalancedSampler, make_train_loader
 from inference_v2 import UNKNOWN_FRAME
 from model_drunet_v2 import DRUNetV2
 from runtime.errors import InputError
+from runtime.place import start_epoch
 from runtime.state import Clock, Recipe, TrainState, start_state
 from runtime.steps import MOST_IN_A_ROW
 from train_drunet_v2 import Run, TrainConfig, train_one_epoch, validate_epoch
@@ -106,7 +107,9 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
     fault: str, accumulate: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, bad, good = make_run(accumulate=accumulate), make_state(), make_state()
-    expected = train_one_epoch(run, good, make_loader(2 * accumulate), StopAfter(accumulate))
+    expected = train_one_epoch(
+        run, good, make_loader(2 * accumulate), StopAfter(accumulate), start_epoch(CPU)
+    )
     # the first pass of the second step, so that with two passes the other one alone is sound
     keys = list(make_loader(2 * accumulate).sampler)
     second = [row for row, _ in keys[BATCH * accumulate :]]
@@ -114,7 +117,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
     spoilt = frozenset(second[:BATCH]) if fault == "slab" else frozenset()
     if fault == "gradient":
         make_infinite(bad, lambda number: number == accumulate)
-    figures = train_one_epoch(run, bad, make_loader(2 * accumulate, spoilt), Clock(None))
+    figures = train_one_epoch(run, bad, make_loader(2 * accumulate, spoilt), Clock(None), start_epoch(CPU))
     assert_same(contents(bad), contents(good))
     assert bad.step == 1
     for name in ("train_loss", "train_dice"):
@@ -126,11 +129,11 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
 
 def test_batches_that_fill_no_step_are_left_out_too() -> None:
     run, bad, good = make_run(accumulate=2), make_state(), make_state()
-    train_one_epoch(run, good, make_loader(3), StopAfter(2))
+    train_one_epoch(run, good, make_loader(3), StopAfter(2), start_epoch(CPU))
     keys = list(make_loader(3).sampler)
     last = frozenset(row for row, _ in keys[2 * BATCH :])
     assert not last & {row for row, _ in keys[: 2 * BATCH]}
-    figures = train_one_epoch(run, bad, make_loader(3, last), Clock(None))
+    figures = train_one_epoch(run, bad, make_loader(3, last), Clock(None), start_epoch(CPU))
     assert figures["steps_left_out"] == 1
     assert_same(contents(bad), contents(good))
 
@@ -138,43 +141,47 @@ def test_batches_that_fill_no_step_are_left_out_too() -> None:
 def test_ten_in_a_row_end_the_run_and_nine_do_not(input_error: Callable) -> None:
     run, state = make_run(), make_state()
     end = make_infinite(state, lambda number: number > 0)
-    figures = train_one_epoch(run, state, make_loader(MOST_IN_A_ROW), Clock(None))
+    figures = train_one_epoch(run, state, make_loader(MOST_IN_A_ROW), Clock(None), start_epoch(CPU))
     assert figures["steps_left_out"] == MOST_IN_A_ROW - 1
     end()
-    figures = train_one_epoch(run, state, make_loader(1), Clock(None))  # and a sound one sets the count back
+    figures = train_one_epoch(
+        run, state, make_loader(1), Clock(None), start_epoch(CPU)
+    )  # and a sound one sets the count back
     assert figures["steps_left_out"] == state.left_out_in_a_row == 0
     make_infinite(state, lambda number: number in range(1, 5) or number > 5)
     state.epoch = 3
-    train_one_epoch(run, state, make_loader(7), Clock(None))
+    train_one_epoch(run, state, make_loader(7), Clock(None), start_epoch(CPU))
     with input_error("the gradient", "10 steps in a row", "results/made", "epoch 3", "--init"):
-        train_one_epoch(run, state, make_loader(40), Clock(None))
+        train_one_epoch(run, state, make_loader(40), Clock(None), start_epoch(CPU))
 
 
 def test_an_epoch_without_a_sound_step_ends_the_run(input_error: Callable) -> None:
     state = make_state()
     make_infinite(state, lambda _: True)
     with input_error("the loss", "epoch 1", "--learning-rate"):
-        train_one_epoch(make_run(), state, make_loader(3), Clock(None))
+        train_one_epoch(make_run(), state, make_loader(3), Clock(None), start_epoch(CPU))
 
 
 def test_an_overflow_of_float16_is_the_scalers_and_counted_apart(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     state = make_state(torch.float16)
-    train_one_epoch(make_run(), state, make_loader(1), Clock(None))
+    train_one_epoch(make_run(), state, make_loader(1), Clock(None), start_epoch(CPU))
     before = contents(state)
     make_infinite(state, lambda number: number < 3)
-    figures = train_one_epoch(make_run(), state, make_loader(4), Clock(None))
+    figures = train_one_epoch(make_run(), state, make_loader(4), Clock(None), start_epoch(CPU))
     assert (figures["steps_left_out"], figures["steps_overflowed"]) == (0, 3)
     assert state.scaler.get_scale() == 65536 / 2**3
     assert state.step == before["step"] + 1
     assert not caplog.messages
     # a loss that is not finite is no overflow of a scaled gradient, nor is one at a scale below 1
-    figures = train_one_epoch(make_run(), state, make_loader(4, frozenset(range(6))), Clock(None))
+    figures = train_one_epoch(
+        make_run(), state, make_loader(4, frozenset(range(6))), Clock(None), start_epoch(CPU)
+    )
     assert figures["steps_left_out"] > figures["steps_overflowed"] == 0
     make_infinite(state, lambda number: number > 0)
     with pytest.raises(InputError, match="in a row"):
-        train_one_epoch(make_run(), state, make_loader(60), Clock(None))
+        train_one_epoch(make_run(), state, make_loader(60), Clock(None), start_epoch(CPU))
     assert state.scaler.get_scale() < 1
 
 
