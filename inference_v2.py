@@ -36,18 +36,18 @@ from audit.output import (
     write_table,
 )
 from audit.postprocess import postprocess, settings_of, threshold_regions
-from cohort.cases import Case, load_case
+from cohort.cases import Case, load_case, normalise_case
 from cohort.inputs import find_readable
 from cohort.layouts import CaseSource, Channel, LayoutName, find_cases_of_run, log_cases
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
+    NO_SLICE_TO_RUN,
     Frame,
     Placement,
     find_head_box,
     find_unlike_spacing,
     fit_slices,
     gather_slab,
-    normalise_volume,
     pixel_mm,
     place_case,
     unfit_slices,
@@ -343,9 +343,11 @@ def choose_inputs(
 def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
     """Read and normalise one case; of the raw intensities only those of the first modality stay."""
     loaded = load_case(case, modalities, with_labels=False)
-    volume, brain = normalise_volume(loaded.volume)
+    volume, brain = normalise_case(case, loaded, modalities)
     brain_voxels = brain.sum((1, 2))
-    warnings = [*loaded.warnings, *warn_of_intensities(loaded.volume, brain_voxels, modalities)]
+    if brain_voxels.max() < BRAIN_SLICE_VOXELS:  # "0.0 ml" would not be a finding
+        raise InputError(case.modalities[modalities[0]][0], NO_SLICE_TO_RUN, "look at the scan")
+    warnings = [*loaded.warnings, *warn_of_intensities(loaded.volume, modalities)]
     frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
     first = loaded.volume[0].copy()
     return ReadCase(case, volume, brain_voxels, first, loaded.spacing_mm, frame, tuple(warnings))

@@ -17,7 +17,7 @@ import pandas as pd
 from audit.overlays import plot_overlay
 from cohort.cases import Case, is_stack_case, label_paths, save_labels, save_map
 from cohort.labels import labels_from_regions
-from cohort.preprocess import BRAIN_SLICE_VOXELS, Frame, find_doubts
+from cohort.preprocess import Frame, find_doubts
 from runtime.files import check_output, is_written_by_us, refuse_input, write_output
 from runtime.log import log
 
@@ -119,15 +119,13 @@ def write_case(read: ReadCase, prediction: Prediction, output: Output) -> list[R
     return rows
 
 
-def warn_of_intensities(volume: np.ndarray, brain_voxels: np.ndarray, modalities: Sequence[str]) -> list[str]:
-    """Return what is odd about intensities (C, D, H, W), and why the network may find nothing in them."""
-    doubts_of = {name: find_doubts(values) for name, values in zip(modalities, volume, strict=True)}
-    warnings = [f"{name} {doubt}" for name, doubts in doubts_of.items() for doubt in doubts]
-    if not brain_voxels.any():
-        warnings += [] if doubts_of[modalities[0]] else [f"no foreground in {modalities[0]}"]
-    elif brain_voxels.max() < BRAIN_SLICE_VOXELS:
-        warnings.append(f"no slice has {BRAIN_SLICE_VOXELS} foreground voxels: the network was not run")
-    return warnings
+def warn_of_intensities(volume: np.ndarray, modalities: Sequence[str]) -> list[str]:
+    """Return what is odd about intensities (C, D, H, W)."""
+    return [
+        f"{name} {doubt}"
+        for name, values in zip(modalities, volume, strict=True)
+        for doubt in find_doubts(values)
+    ]
 
 
 def warn_of_volume(output: Output, region: str, volume_ml: float) -> list[str]:

@@ -21,10 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from cohort.cases import Case, load_case, log_warnings
+from cohort.cases import Case, load_case, log_warnings, normalise_case
 from cohort.fingerprints import FINGERPRINT_VERSION, fingerprint, fingerprint_modality
 from cohort.labels import regions_from_labels
-from cohort.preprocess import Frame, find_doubts, find_head_box, normalise_volume, slab_slices
+from cohort.preprocess import (
+    BRAIN_SLICE_VOXELS,
+    NO_SLICE_TO_RUN,
+    Frame,
+    find_doubts,
+    find_head_box,
+    slab_slices,
+)
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_atomically, write_json
 from runtime.log import log, progress
@@ -310,6 +317,9 @@ def prepare_cases(
     log.info("cache: %d cases, %.3g GB in %s, %d made now", len(facts), size / 1e9, cache_dir, len(missing))
     prepared = [open_entry(case, folder, facts[folder]) for case, folder in zip(cases, folders, strict=True)]
     log_warnings([(case.case_id, case.warnings) for case in prepared])
+    blind = [case.case_id for case in prepared if max(case.brain_voxels) < BRAIN_SLICE_VOXELS]
+    if blind:  # by itself: among other warnings it might not be shown
+        log.warning("%d of %d cases: %s; first %s", len(blind), len(prepared), NO_SLICE_TO_RUN, blind[0])
     return prepared
 
 
@@ -329,7 +339,7 @@ def build_entry(
     """Decode and normalise a case into its (folder, case) entry; return the entry's facts."""
     folder, case = missing
     loaded = load_case(case, modalities)
-    volume, brain = normalise_volume(loaded.volume)
+    volume, brain = normalise_case(case, loaded, modalities)
     masks = brain[None]
     if regions:
         assert loaded.labels is not None, f"{case.case_id} has no mask"
