@@ -39,6 +39,7 @@ from audit.postprocess import postprocess, settings_of, threshold_regions
 from cohort.cases import Case, load_case, normalise_case
 from cohort.inputs import find_readable
 from cohort.layouts import CaseSource, Channel, LayoutName, find_cases_of_run, log_cases
+from cohort.network import check_network_settings, check_widths
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
     NO_SLICE_TO_RUN,
@@ -56,7 +57,7 @@ from cohort.split import cases_of_split, read_split
 from model_drunet_v2 import build_network, prepare_network
 from runtime import cpu_threads
 from runtime.checkpoints import load_checkpoint, load_weights, newest_run
-from runtime.command import Count, Share, run_command
+from runtime.command import BatchSize, Share, run_command
 from runtime.errors import InputError
 from runtime.files import protect_inputs
 from runtime.log import log, progress
@@ -106,7 +107,7 @@ class InferenceConfig:
     """probability from which a voxel is tumour; default: the checkpoint's"""
     postprocess: bool = True
     """clean the masks as chosen on validation, where the checkpoint says how"""
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     """slabs per forward pass"""
     device: DeviceName = "auto"
     """where to compute"""
@@ -181,6 +182,7 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
         dtype = amp_dtype(device, amp)
         network = prepare_network(network, device, dtype)
     config = checkpoint["config"]
+    check_network_settings(path, config)
     if "thresholds" not in checkpoint:  # last.pt: they are chosen for best.pt alone
         log.info("%s has no thresholds and no post-processing, as best.pt has: 0.5, and none", path)
     thresholds = checkpoint.get("thresholds") or (0.5,) * len(config["regions"])
@@ -200,6 +202,8 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
 def load_checkpoint_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a checkpoint as it was trained, float32 on the CPU, and the checkpoint."""
     checkpoint = load_checkpoint(Path(path))
+    check_network_settings(path, checkpoint.get("config"))
+    check_widths(path, checkpoint)
     network = build_network(checkpoint["config"])
     load_weights(network, checkpoint, path)
     return network.eval(), checkpoint

@@ -18,6 +18,7 @@ from audit.overlays import plot_overlay
 from cohort.cases import Case, is_stack_case, label_paths, save_labels, save_map
 from cohort.labels import labels_from_regions
 from cohort.preprocess import Frame, find_doubts
+from runtime import tables
 from runtime.files import check_output, is_written_by_us, refuse_input, write_output
 from runtime.log import log
 
@@ -214,7 +215,7 @@ def write_table(output: Output, rows: Iterable[Row]) -> pd.DataFrame:
     if table["mean_spread"].isna().all():
         table = table.drop(columns="mean_spread")
     table["slices"] = table["slices"].astype("Int64")  # whole numbers, failed cases have none
-    output.write(output.folder / "volumes.csv", lambda target: table.to_csv(target, index=False))
+    tables.write_table(output.folder / "volumes.csv", table, output.write)
     return table
 
 

@@ -28,9 +28,9 @@ from cohort.preprocess import (
 )
 from cohort.resolvers import find_gap
 from runtime.errors import InputError
-from runtime.files import write_atomically
 from runtime.log import log
 from runtime.processes import map_in_processes
+from runtime.tables import write_table
 
 
 class Problem(NamedTuple):
@@ -196,8 +196,7 @@ def find_unlike(cases: Sequence[Case], modalities: Sequence[str]) -> list[Proble
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """Write problems as CSV: case, file, severity, problem."""
-    table = pd.DataFrame(problems, columns=Problem._fields)
-    write_atomically(path, lambda target: table.to_csv(target, index=False))
+    write_table(path, pd.DataFrame(problems, columns=Problem._fields))
 
 
 def has_error(problems: Sequence[Problem]) -> set[str]:

@@ -26,6 +26,7 @@ from runtime.errors import InputError
 from runtime.files import WRITTEN, is_written_by_us, protect_inputs
 from runtime.folders import cannot_read, raise_error, walk_tree
 from runtime.log import log
+from runtime.tables import unguard_cell
 
 Channel = Annotated[int, Range(0, 2), tyro.conf.arg(metavar="0|1|2")]
 LayoutName = Literal[
@@ -183,7 +184,7 @@ def names_of_predictions(folder: Path, names: Sequence[str]) -> set[str]:
             rows = csv.DictReader(file)
             if not {"case", "region", "volume_ml", "mask"} <= set(rows.fieldnames or ()):
                 return set()
-            listed = {Path(row["mask"]).name for row in rows if row["mask"]}
+            listed = {Path(unguard_cell(row["mask"])).name for row in rows if row["mask"]}
     except (UnicodeDecodeError, csv.Error):
         return set()
     volumes = [name for name in names if is_nifti(name)]

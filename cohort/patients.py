@@ -16,6 +16,7 @@ from cohort.cases import Case
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.log import log
+from runtime.tables import unguard_cell
 
 # What ids look like that no two patients share, in whatever cohort; the group is the patient. Sheets write
 # TCGA ids with hyphens, slices with underscores; what follows is a date or the sample, in any form.
@@ -172,7 +173,8 @@ def read_sheet(path: Path) -> list[list[str]]:
         text = content.decode("latin-1")
     first = text.partition("\n")[0]
     separator = max(",;\t", key=first.count)
-    return [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=separator)]
+    rows = csv.reader(io.StringIO(text), delimiter=separator)
+    return [[unguard_cell(cell.strip()) for cell in row] for row in rows]
 
 
 def join_rows(rows: Sequence[Sequence[str]], case_ids: Iterable[str], sheet: str = "") -> list[list[str]]:

@@ -618,3 +618,86 @@ def test_prepared_phantoms_have_brain_tumour_and_slices_without_brain(phantom_co
         assert max(case.brain_voxels) > 400
         assert min(case.brain_voxels) < BRAIN_SLICE_VOXELS
         assert 0 < sum(case.region_voxels[0]) < sum(case.brain_voxels) / 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Entries of the right size that hold something else
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entry(case, tmp_path):
+    """(folder of the entry of a case, function that prepares it as a new run does)."""
+
+    def prepare() -> PreparedCase:
+        cache_module._verified.clear()
+        return prepare_cases([case], ("flair",), ("WT",), tmp_path / "cache")[0]
+
+    return prepare().folder, prepare
+
+
+def fill_with_nan(path: Path) -> None:
+    array = np.load(path)
+    np.save(path, np.full_like(array, np.nan if array.dtype == np.float16 else 255))
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def move_spacing(path: Path) -> None:
+    path.write_text(path.read_text().replace('"spacing_known": true', '"spacing_known": false'))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("volume.npy", fill_with_nan),
+        ("masks.npy", fill_with_nan),
+        ("volume.npy", flip_last_bit),
+        ("masks.npy", flip_last_bit),
+        ("facts.json", move_spacing),
+    ],
+)
+def test_an_entry_of_the_right_size_is_not_believed_and_made_again(entry, caplog, name, harm):
+    folder, prepare = entry
+    path = folder / name
+    sound, state = path.read_bytes(), path.stat()
+    harm(path)
+    assert path.read_bytes() != sound
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    prepare()
+    assert path.read_bytes() == sound
+    assert [record.levelname for record in caplog.records if "damaged" in record.message] == ["WARNING"]
+    caplog.clear()
+    prepare()
+    assert "damaged" not in caplog.text
+
+
+def test_any_flipped_bit_of_an_entry_is_found(entry):
+    folder, _ = entry
+    generator = np.random.default_rng(0)
+    for name in ("volume.npy", "masks.npy", "facts.json"):
+        sound = (folder / name).read_bytes()
+        for bit in generator.integers(0, 8 * len(sound), 60).tolist():
+            content = bytearray(sound)
+            content[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(content)
+            cache_module._verified.clear()
+            facts = cache_module.read_facts(folder)
+            # a space of the indentation may become another white space, which changes nothing
+            assert facts is None or (name == "facts.json" and facts == json.loads(sound))
+        (folder / name).write_bytes(sound)
+    assert cache_module.read_facts(folder) == json.loads((folder / "facts.json").read_bytes())
+
+
+def test_an_entry_is_read_through_once_a_run(entry, monkeypatch):
+    _, prepare = entry
+    prepared, real, read = prepare(), cache_module.file_crc32, []
+    monkeypatch.setattr(cache_module, "file_crc32", lambda path: read.append(path.name) or real(path))
+    assert cache_module.read_facts(prepared.folder)
+    assert read == []
+    prepare()
+    assert sorted(read) == ["masks.npy", "volume.npy"]
