@@ -19,7 +19,7 @@ from cohort.cases import Case, is_stack_case, label_paths, save_labels, save_map
 from cohort.labels import labels_from_regions
 from cohort.preprocess import Frame, find_doubts
 from runtime import tables
-from runtime.files import check_output, is_written_by_us, refuse_input, write_output
+from runtime.files import append_line, check_output, is_written_by_us, refuse_input, refuse_link, write_output
 from runtime.log import log
 
 FINISHED = ".drunet_cases"
@@ -61,7 +61,9 @@ class Output:
     usual_ml: dict[str, Sequence[float]] | None = None  # per region, smallest and largest of training
 
     def write(self, path: Path, write: Callable[[Path], None]) -> None:
-        """Write a file, unless there is one that is not ours."""
+        """Write a file, unless there is one that is not ours, or its own folder is a link."""
+        if path.parent != self.folder:
+            refuse_link(path.parent)
         write_output(path, write, self.overwrite)
 
     def overlay_path(self, case: Case) -> Path:
@@ -82,6 +84,8 @@ def check_outputs(output: Output, cases: Sequence[Case]) -> None:
     """Raise InputError where a file of the cases, or the table, would replace what is not ours."""
     for path in (*(path for case in cases for path in output.paths_of(case)), output.folder / "volumes.csv"):
         check_output(path, output.overwrite)
+        if path.parent != output.folder:
+            refuse_link(path.parent)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,8 +171,7 @@ def note_finished(output: Output, case: Case, inputs: list[list[Any]], rows: Seq
     """Add a case that is done to the list of them."""
     line = {"case": case.case_id, "inputs": digest(inputs), "made_by": output.made_by, "rows": rows}
     refuse_input(output.folder / FINISHED)
-    with (output.folder / FINISHED).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")  # one write: several ranks may add to the list
+    append_line(output.folder / FINISHED, json.dumps(line) + "\n")  # one write: several ranks may add to it
 
 
 def find_done(output: Output, cases: Sequence[Case]) -> dict[str, list[Row]]:

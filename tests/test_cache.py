@@ -198,15 +198,15 @@ def test_the_brain_is_that_of_the_raw_intensities_of_the_first_modality(phantom_
     assert not any(of_scores)  # clipped z-scores have another brain
 
 
-def test_inverted_grey_values_are_warned_of_each_time(phantom_cohort, tmp_path, write_nifti, caplog):
+def test_inverted_grey_values_in_which_no_brain_is_found_are_refused_each_time(
+    phantom_cohort, tmp_path, write_nifti, input_error
+):
     flair = load_case(find_cases(CaseSource(phantom_cohort))[0]).volume[0].transpose(2, 1, 0)
     for case_id, array in (("inverted", flair.max() - flair), ("sound", flair)):
         write_nifti(tmp_path / "data" / case_id / f"{case_id}_flair.nii.gz", array)
     for _ in range(2):
-        caplog.clear()
-        prepare_cases(find_cases(CaseSource(tmp_path / "data")), ("flair",), (), tmp_path / "cache")
-        (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-        assert warning.startswith("inverted: flair is brightest in air")
+        with input_error("inverted_flair.nii.gz", "its flair is brightest in air"):
+            prepare_cases(find_cases(CaseSource(tmp_path / "data")), ("flair",), (), tmp_path / "cache")
 
 
 def test_the_audit_calibrates_over_the_brain_of_the_validation_cases(phantom_cohort, cache, monkeypatch):
