@@ -240,6 +240,20 @@ def test_sizes_are_those_that_pillow_writes(tmp_path, mode):
         assert (page.width, page.height, page.channels) == (7, 5, len(picture.getbands()))
 
 
+def test_a_part_of_a_png_that_is_longer_than_the_file_is_not_decoded(tmp_path, input_error, monkeypatch):
+    path = tmp_path / "a_1.png"
+    Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5)).save(path)
+    sound = path.read_bytes()
+    at = sound.index(b"IDAT") - 4
+    for spoilt in (sound[:at] + b"\x7f\xff\xff\xff" + sound[at + 4 :], sound[:-3], sound[:40]):
+        path.write_bytes(spoilt)
+        with monkeypatch.context() as patch, input_error(path, "not a readable picture"):
+            patch.setattr(cv2, "imread", lambda *_: pytest.fail("decoded"))
+            read_pages(path)
+    path.write_bytes(sound + b"more")
+    assert read_pages(path)[0].shape == (4, 5)
+
+
 def test_what_is_no_picture_inside_is_refused(tmp_path, input_error):
     (tmp_path / "a_1.png").write_bytes(b"P5 60000 60000 255\n" + bytes(2000))
     with input_error("a_1.png", "neither PNG nor TIF"):
