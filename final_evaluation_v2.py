@@ -71,13 +71,12 @@ from inference_v2 import VIEWS, TrainedModel, choose_threads, join_models, load_
 from runtime import signals
 from runtime.checkpoints import newest_run
 from runtime.claims import claim_folder
-from runtime.command import Count, Seed, command_line, run_command
+from runtime.command import BatchSize, Seed, command_line, run_command
 from runtime.errors import InputError
 from runtime.files import (
     check_output_folder,
     file_sha256,
     mark_output_folder,
-    write_atomically,
     write_json,
 )
 from runtime.log import log, progress
@@ -93,6 +92,7 @@ from runtime.ranks import (
     share_of,
     world_size,
 )
+from runtime.tables import write_table
 from utils_v2 import THRESHOLDS, overlap_at_thresholds
 
 MODES = ("plain", "tta")
@@ -134,7 +134,7 @@ class EvaluationConfig:
     """audit test cases that were in training or validation too, and mark the output"""
     cache_dir: str = "cache"
     """folder of decoded volumes"""
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     """slabs a forward pass"""
     device: DeviceName = "auto"
     """where to compute"""
@@ -197,7 +197,7 @@ def audit_folds(config: EvaluationConfig, run: Path, folder: Path, device: torch
             audit.rows.insert(1, "fold", number)
     leakage = join_leakage([part.leakage for part in parts])
     if is_main():
-        write_atomically(folder / "leakage.csv", lambda target: leakage.to_csv(target, index=False))
+        write_table(folder / "leakage.csv", leakage)
     described = [describe_fold(*each) for each in zip(range(len(files)), models, files, splits, strict=True)]
     return Audited(
         whole,
@@ -293,7 +293,7 @@ def main(config: EvaluationConfig) -> None:
     (folder / PARTIAL).unlink(missing_ok=True)
     if audited.folds:
         rows = rows.astype({"fold": "Int64"})  # whole numbers; external cases have none
-    write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
+    write_table(folder / "metrics_per_case.csv", rows)
     averaged_over = "Dice per case on the native grid, mean over cases; ci95 by bootstrap over patients"
     if audited.folds:
         averaged_over += f"; {describe_average(rows, len(audited.folds))}"

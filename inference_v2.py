@@ -42,20 +42,21 @@ from audit.output import (
     write_table,
 )
 from audit.postprocess import check_choices, join_settings, postprocess, settings_of, threshold_regions
-from cohort.cases import Case, load_case, warn_of_missing
+from cohort.cases import Case, load_case, normalise_case, warn_of_missing
 from cohort.ensemble import Members, check_members, join_checkpoints
 from cohort.folds import list_checkpoints
 from cohort.inputs import find_readable
 from cohort.layouts import CaseSource, Channel, LayoutName, find_cases_of_run, log_cases
+from cohort.network import check_network_settings, check_widths
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
+    NO_SLICE_TO_RUN,
     Frame,
     Placement,
     find_head_box,
     find_unlike_spacing,
     fit_slices,
     gather_slab,
-    normalise_volume,
     pixel_mm,
     place_case,
     place_modalities,
@@ -67,7 +68,7 @@ from model_drunet_v2 import build_network, prepare_network
 from runtime import cpu_threads, signals
 from runtime.checkpoints import load_checkpoint, load_weights, newest_run
 from runtime.claims import claim_folder
-from runtime.command import Count, Share, run_command
+from runtime.command import BatchSize, Share, run_command
 from runtime.errors import InputError
 from runtime.files import protect_inputs
 from runtime.log import log, progress
@@ -120,7 +121,7 @@ class InferenceConfig:
     """probability from which a voxel is tumour; default: the checkpoint's"""
     postprocess: bool = True
     """clean the masks as chosen on validation, where the checkpoint says how"""
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     """slabs per forward pass"""
     device: DeviceName = "auto"
     """where to compute"""
@@ -233,6 +234,7 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
         dtype = amp_dtype(device, amp)
         network = prepare_network(network, device, dtype)
     config = checkpoint["config"]
+    check_network_settings(path, config)
     if "thresholds" not in checkpoint:  # last.pt: they are chosen for best.pt alone
         log.info("%s has no thresholds and no post-processing, as best.pt has: 0.5, and none", path)
     thresholds = checkpoint.get("thresholds", (0.5,) * len(config["regions"]))
@@ -253,6 +255,8 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
 def load_checkpoint_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a checkpoint as it was trained, float32 on the CPU, and the checkpoint."""
     checkpoint = load_checkpoint(Path(path))
+    check_network_settings(path, checkpoint.get("config"))
+    check_widths(path, checkpoint)
     network = build_network(checkpoint["config"])
     load_weights(network, checkpoint, path)
     return network.eval(), checkpoint
@@ -436,11 +440,13 @@ def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
     """Read and normalise one case; of the raw intensities only those of its first modality stay."""
     present = [name for name in modalities if name in case.modalities]
     loaded = load_case(case, present, with_labels=False)
-    volume, brain = normalise_volume(loaded.volume)
+    volume, brain = normalise_case(case, loaded, present)
     volume = place_modalities(volume, present, modalities)
     brain_voxels = brain.sum((1, 2))
+    if brain_voxels.max() < BRAIN_SLICE_VOXELS:  # "0.0 ml" would not be a finding
+        raise InputError(case.modalities[present[0]][0], NO_SLICE_TO_RUN, "look at the scan")
     warnings = warn_of_missing([name for name in modalities if name not in present])
-    warnings += [*loaded.warnings, *warn_of_intensities(loaded.volume, brain_voxels, present)]
+    warnings += [*loaded.warnings, *warn_of_intensities(loaded.volume, present)]
     frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
     first = loaded.volume[0].copy()
     return ReadCase(case, volume, brain_voxels, first, loaded.spacing_mm, frame, tuple(warnings))

@@ -39,6 +39,7 @@ import inference_v2 as inference
 import model_drunet_v2 as model
 from audit import overlays, plots, postprocess
 from cohort import cache, folds, initial, phantom, selection, several
+from cohort.network import check_network_settings, check_widths
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
 from runtime import (
@@ -93,11 +94,11 @@ class TrainConfig:
     source: tyro.conf.OmitArgPrefixes[TrainingSource] = TrainingSource()
 
     # the network
-    context: CountOrZero = 1
+    context: command.Neighbours = 1
     """neighbouring slices on each side of the one segmented"""
-    size: Count = 256
+    size: command.Side = 256
     """height and width of the network's input"""
-    widths: tuple[Count, ...] = model.WIDTHS
+    widths: model.Widths = model.WIDTHS
     """filters per level, the last is the bottleneck"""
     use_se: bool = True
     """squeeze-and-excitation in every residual block"""
@@ -121,7 +122,7 @@ class TrainConfig:
     """epochs without any rise of validation Dice before the run ends"""
 
     # the step
-    batch_size: Count = 16
+    batch_size: command.BatchSize = 16
     """slabs per step, on each rank under torchrun"""
     accumulate: Count = 1
     """steps whose gradients are added up before the weights move"""
@@ -165,7 +166,7 @@ class TrainConfig:
     """where to compute"""
     amp: bool = True
     """mixed precision: bfloat16, or float16 with loss scaling, where the device has it"""
-    workers: CountOrZero = 2
+    workers: command.Processes = 2
     """loader processes; 0 loads in the training process"""
     compile: bool = False
     """compile the network with torch.compile; where that fails, go on without"""
@@ -221,7 +222,9 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         raise InputError(f"--preset {typed.preset}", "--config has all settings", "leave one of them out")
     if typed.config:
         settings = command.from_plain(
-            TrainConfig, files.read_json(Path(typed.config), "--config", "a run's config.json")
+            TrainConfig,
+            files.read_json(Path(typed.config), "--config", "a run's config.json"),
+            typed.config,
         )
         settings = folds.leave_run(settings)
         return parse(dataclasses.replace(settings, run=None, resume=None, rate_since=0))
@@ -240,7 +243,8 @@ def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> Trai
     if folds.is_run_of_folds(folder):
         return settings_of_folds(folder, parse)
     checkpoint, _ = checkpoints.load_last(folder)
-    saved = command.from_plain(TrainConfig, checkpoint["config"])
+    check_network_settings(folder / "last.pt", checkpoint.get("config"))
+    saved = command.from_plain(TrainConfig, checkpoint["config"], folder / "last.pt")
     defaults = dataclasses.replace(
         saved,
         resume=str(folder),
@@ -815,6 +819,7 @@ def train_run(config: TrainConfig) -> None:
     last = Path(config.results_dir) / config.run / "last.pt"
     checkpoint, damage = checkpoints.load_last(last.parent) if config.resume else (None, None)
     if checkpoint:
+        check_widths(last, checkpoint)
         config = share_batch(config, checkpoint.get("ranks", 1), ranks.world_size())
     device = ranks.local_device(machine.choose_device(config.device))
     dtype = machine.amp_dtype(device, config.amp)

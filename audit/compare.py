@@ -24,6 +24,7 @@ from runtime.command import command_line
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_json
 from runtime.log import log
+from runtime.tables import read_table
 
 TEST_COHORTS = (
     "internal",
@@ -39,7 +40,7 @@ def read_rows(run: Path) -> pd.DataFrame:
     path = run / "evaluation" / "metrics_per_case.csv"
     if not path.is_file():
         raise InputError(path, "not there", f"audit the run first: final_evaluation_v2.py --run {run}")
-    rows = pd.read_csv(path, dtype={"case": str, "patient": str})
+    rows = read_table(path, dtype={"case": str, "patient": str})
     if missing := [name for name in (*KEYS, *COMPARED, "seen_in_training") if name not in rows]:
         raise InputError(path, f"no column {missing[0]}", f"audit {run} again with this version")
     rows["seen_in_training"] = rows["seen_in_training"].eq(True)  # empty where it is not known

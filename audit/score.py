@@ -38,11 +38,12 @@ from runtime import signals
 from runtime.claims import claim_folder
 from runtime.command import command_line
 from runtime.errors import InputError
-from runtime.files import write_atomically, write_json
+from runtime.files import write_json
 from runtime.log import log
 from runtime.machine import describe_machine, describe_versions
 from runtime.processes import map_in_processes
 from runtime.ranks import is_main
+from runtime.tables import write_table
 
 PARTIAL = "stopped_per_case.csv"  # rows of an audit that a signal stopped
 COHORT = "predictions"  # the name in the summary: whether they are held out is not known
@@ -94,7 +95,7 @@ def score_predictions(settings: ScoreSettings) -> None:
     rows = pd.DataFrame([row for of_case, _ in scored for row in of_case])
     pictures = {case.case_id: picture for case, (_, picture) in zip(cases, scored, strict=True)}
     warn_of_regions(rows)
-    write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
+    write_table(folder / "metrics_per_case.csv", rows)
     (folder / PARTIAL).unlink(missing_ok=True)
     summary = summarise_scores(settings, matched, rows, regions)
     write_json(folder / "summary.json", summary)
@@ -110,7 +111,7 @@ def leave_partial(folder: Path, rows: pd.DataFrame) -> signals.Stopped:
     cases = len(rows.drop_duplicates(["cohort", "case"]))
     path = folder / PARTIAL
     if is_main():
-        write_atomically(path, lambda target: rows.to_csv(target, index=False))
+        write_table(path, rows)
         log.info("stopped: %d cases are measured and in %s; there is no summary of them", cases, path)
     return signals.Stopped(f"{cases} cases are in {path}; audit again for a summary", is_agreed=True)
 

@@ -27,6 +27,7 @@ from cohort.patients import names_one_patient
 from cohort.verify import SAME_VOLUME, TURNS, compare_volumes
 from runtime.errors import InputError
 from runtime.log import log
+from runtime.tables import unguard_cell
 
 ALIKE = 0.85  # cosine from which two thumbnails are compared by their volumes; see benchmarks/README.md
 MOST_CANDIDATES = 5  # per case, the most alike first
@@ -328,7 +329,7 @@ def read_different(path: str | Path | None) -> Pairs:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(place, "not a readable file", "give a CSV file with two case ids a row") from error
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines())]
+    rows = [[unguard_cell(cell.strip()) for cell in row] for row in csv.reader(text.splitlines())]
     pairs = []
     for number, row in enumerate(rows, 1):
         if not any(row) or (number == 1 and row[0].lower().startswith("case")):

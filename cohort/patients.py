@@ -7,7 +7,6 @@ same patient, are joined; whatever is joined is one patient.
 import csv
 import dataclasses
 import io
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 from cohort.cases import Case
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from runtime.log import log
+from runtime.tables import unguard_cell
 
 # What ids look like that no two patients share, in whatever cohort; the group is the patient. Sheets write
 # TCGA ids with hyphens, slices with underscores; what follows is a date or the sample, in any form.
@@ -146,11 +147,18 @@ def names_one_patient(name: str) -> bool:
 
 
 def find_sheets(folders: Iterable[Path]) -> list[Path]:
-    """Return the mapping sheets in these folders, told by their names; unreadable folders have none."""
+    """Return the mapping sheets in these folders, told by their names.
+
+    Folders that cannot be read, such as the one above the data, are warned of.
+    """
     sheets = set()
     for folder in folders:
-        if os.access(folder, os.R_OK | os.X_OK):
+        try:
             sheets |= {path for path in folder.iterdir() if SHEET_NAMES.fullmatch(path.name)}
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("no mapping sheet is looked for in %s: %s", folder, error.strerror)
     return sorted(path for path in sheets if path.is_file())
 
 
@@ -170,7 +178,8 @@ def read_sheet(path: Path) -> list[list[str]]:
         text = content.decode("latin-1")
     first = text.partition("\n")[0]
     separator = max(",;\t", key=first.count)
-    return [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=separator)]
+    rows = csv.reader(io.StringIO(text), delimiter=separator)
+    return [[unguard_cell(cell.strip()) for cell in row] for row in rows]
 
 
 def join_rows(rows: Sequence[Sequence[str]], case_ids: Iterable[str], sheet: str = "") -> list[list[str]]:

@@ -20,8 +20,9 @@ from cohort.patients import describe_likely_visits, group_ids
 from cohort.phantom import PHANTOM_NOTE, is_phantom
 from runtime.command import CountOrZero, FoldCount, Positive
 from runtime.errors import InputError
-from runtime.files import write_atomically, write_json
+from runtime.files import write_json
 from runtime.log import log
+from runtime.tables import read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ def hold_out(source: TrainingSource, cases: Sequence[Case], folder: Path, resume
             [leakage.identify_case(case) for case in others],
             leakage.read_different(source.different),
         )
-        write_atomically(path, lambda target: left_out.to_csv(target, index=False))
-    left_out = pd.read_csv(path, dtype={"case": str, "patient": str})
+        write_table(path, left_out)
+    left_out = read_table(path, dtype={"case": str, "patient": str})
     counts = ", ".join(f"{count} by {name}" for name, count in left_out["evidence"].value_counts().items())
     log.info(
         "%d cases of %d patients are in %s and left out of the run%s; the list is in %s",

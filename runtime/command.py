@@ -14,6 +14,7 @@ import itertools
 import math
 import shlex
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,14 @@ class Plain:
     """Marks a setting that is the name of one file or folder, without a path."""
 
 
+@dataclass(frozen=True)
+class Length:
+    """How many values a setting takes."""
+
+    low: int
+    high: int
+
+
 def _number(kind: type, allowed: Range) -> Any:
     return Annotated[kind, allowed, tyro.conf.arg(metavar=f"{kind.__name__.upper()} {allowed}")]
 
@@ -87,21 +96,35 @@ NotNegative = _number(float, Range(0))
 Share = _number(float, Range(0, 1))
 Decay = _number(float, Range(0, 1, below=True))
 PlainName = Annotated[str, Plain()]
+# Far beyond what any network of this kind has: a typing error or a damaged file ends at once.
+Width = _number(int, Range(1, 4096))
+Side = _number(int, Range(1, 4096))
+Neighbours = _number(int, Range(0, 32))
+BatchSize = _number(int, Range(1, 2**16))
+Processes = _number(int, Range(0, 256))
 
 
-def check_settings(settings: Any) -> None:
-    """Raise InputError where a value of a settings dataclass, or of one nested in it, is out of its range."""
+def check_settings(settings: Any, place: str | Path = "") -> None:
+    """Raise InputError where a value of a settings dataclass, or of one nested in it, is out of its range.
+
+    `place` is the file that the settings are from, which the error then names.
+    """
     hints = typing.get_type_hints(type(settings), include_extras=True)
+    types_of = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            check_settings(value)
+            check_settings(value, place)
             continue
+        flag = f"{place}, {flag_of(field.name)}" if place else flag_of(field.name)
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str):
-                _check_text(flag_of(field.name), text)
+                _check_text(flag, text)
+        if not is_of_type(value, types_of[field.name]):
+            shown = repr(value)
+            shown = shown if len(shown) < 50 else f"{shown[:50]}..."
+            raise InputError(f"{flag} {shown}", "is of a kind that the setting does not take")
         for marker in _markers(hints[field.name]):
-            flag = flag_of(field.name)
             values = value if isinstance(value, tuple) else (value,)
             if isinstance(marker, Range):
                 for number in values:
@@ -109,10 +132,26 @@ def check_settings(settings: Any) -> None:
                         raise InputError(f"{flag} {number}", f"must be a number {marker}")
             if isinstance(marker, Plain) and value is not None:
                 check_plain_name(value, flag)
+            if isinstance(marker, Length) and not marker.low <= len(values) <= marker.high:
+                raise InputError(flag, f"takes {marker.low} to {marker.high} values, not {len(values)}")
             if isinstance(marker, Distinct) and not values:
                 raise InputError(flag, "needs a value")
             if isinstance(marker, Distinct) and len(set(values)) < len(values):
-                raise InputError(f"{flag} {' '.join(values)}", "names one value twice", "name each once")
+                raise InputError(f"{flag} {' '.join(values)[:50]}", "names one value twice", "name each once")
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a setting's type; True is no number, a whole number is a float too."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of_type(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_of_type(part, arguments[0]) for part in value)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, (str, Path) if hint is str else hint)
 
 
 def _check_text(flag: str, text: str) -> None:
@@ -124,13 +163,13 @@ def _check_text(flag: str, text: str) -> None:
 
 
 def _markers(hint: Any) -> Iterator[Any]:
-    """Yield the Range, Distinct and Plain objects anywhere in a type."""
+    """Yield the Range, Length, Distinct and Plain objects anywhere in a type."""
     for argument in typing.get_args(hint):
-        if isinstance(argument, Range | Distinct | Plain):
+        if isinstance(argument, Range | Length | Distinct | Plain):
             yield argument
         yield from _markers(argument)
     for marker in getattr(hint, "__metadata__", ()):
-        if isinstance(marker, Range | Distinct | Plain):
+        if isinstance(marker, Range | Length | Distinct | Plain):
             yield marker
 
 
@@ -148,21 +187,21 @@ def to_plain(settings: Any) -> dict[str, Any]:
     return plain
 
 
-def from_plain(settings_class: type[Settings], plain: Mapping[str, Any]) -> Settings:
+def from_plain(settings_class: type[Settings], plain: Mapping[str, Any], place: str | Path = "") -> Settings:
     """Return the settings of `to_plain`; what is missing has its default, what is unknown is left out.
 
-    Raises InputError where a value is out of its range.
+    Raises InputError where a value is of another kind or out of its range; it names `place`, their file.
     """
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = from_plain(hints[field.name], plain)
+            values[field.name] = from_plain(hints[field.name], plain, place)
         elif field.name in plain:
             value = plain[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
     settings = settings_class(**values)
-    check_settings(settings)
+    check_settings(settings, place)
     return settings
 
 

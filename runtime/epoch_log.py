@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from runtime.errors import InputError
-from runtime.files import write_atomically
 from runtime.log import log
+from runtime.tables import read_table, write_table
 
 Row = dict[str, str]
 
@@ -18,7 +18,7 @@ def read_rows(path: Path) -> list[Row]:
     try:
         if not path.exists() or not path.read_bytes().strip():
             return []
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = read_table(path, dtype=str, keep_default_na=False)
         table["epoch"].astype(int)
         return _without_empty(table.to_dict("records"))
     except (OSError, ValueError, KeyError) as error:
@@ -28,7 +28,7 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Sequence[Row]) -> pd.DataFrame:
     """Write log.csv and return it as a table of numbers; a figure that an epoch lacks is empty, and NaN."""
     table = pd.DataFrame(rows)
-    write_atomically(path, lambda target: table.to_csv(target, index=False))
+    write_table(path, table)
     return table.apply(pd.to_numeric)
 
 

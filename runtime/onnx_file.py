@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.errors import InputError
+from runtime.onnx_check import check_onnx
 
 ONNX_FORMAT = "drunet-v2-onnx/1"
 
@@ -39,6 +40,7 @@ def load_onnx(path: str | Path, device: torch.device) -> tuple[OnnxNetwork, dict
         ) from error
     if not Path(path).is_file():
         raise InputError(path, "no such file", "write one with export_v2.py")
+    check_onnx(Path(path))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
