@@ -52,7 +52,7 @@ BAD = [
     ({"modalities": ()}, "modalities"),
     ({"modalities": ("flair",) * 10**4}, "modalities"),
     ({"regions": ("WT", "WT")}, "regions"),
-    ({"use_se": 3}, "use_se 3"),
+    ({"use_se": 3}, "use-se 3"),
 ]
 
 
@@ -117,7 +117,7 @@ def test_a_config_file_with_values_of_another_kind_names_itself(input_error):
         {"run": 3},
         {"amp": 1},
     ):
-        with input_error("config.json", next(iter(plain))):
+        with input_error("config.json", next(iter(plain)).replace("_", "-")):
             from_plain(TrainConfig, plain, "config.json")
     assert from_plain(TrainConfig, {"learning_rate": 1, "max_minutes": None}).learning_rate == 1
 
