@@ -22,6 +22,8 @@ from cohort.selection import TrainingSource
 from inference_v2 import InferenceConfig
 from runtime import claims, signals
 from runtime.checkpoints import load_checkpoint
+from runtime.place import restore_place
+from runtime.state import Recipe, start_state
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals cannot be sent to a child there")
@@ -338,3 +340,24 @@ def test_inference_keeps_and_lists_what_is_done(
     signals.catch_signals(begin=True)
     inference_v2.main(dataclasses.replace(config, skip_done=True))
     assert len(pd.read_csv("predictions/volumes.csv")) == 3
+
+
+def test_a_place_of_two_ranks_is_resumed_by_one() -> None:
+    network = torch.nn.BatchNorm2d(1)
+    recipe = Recipe(1e-3, 1e-4, 1, 0.0, 0.0, None)
+    state = start_state(network, recipe)
+    shares = [
+        {
+            "totals": torch.tensor([1.0, 2.0, 3.0, 4.0]) * factor,
+            "buffers": [torch.full((1,), float(factor)), torch.full((1,), 1.0), torch.tensor(7)],
+            "seconds": 2.0,
+            "waited_s": 1.0,
+        }
+        for factor in (1, 3)
+    ]
+    place = restore_place({"draws": 24, "is_over": False, "ranks": shares}, state, batch_size=8)
+    assert place.steps == 3
+    assert place.totals.tolist() == [4.0, 8.0, 12.0, 16.0]  # the figures are sums over ranks
+    assert network.running_mean.tolist() == [2.0]
+    assert network.num_batches_tracked == 7
+    assert restore_place(None, state, 8).steps == 0
