@@ -92,7 +92,7 @@ def test_the_first_signal_ends_a_command_where_it_can_stop(script, number, code,
         process = start(script, "--way", way, cwd=script.parent)
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == code
         assert f"made_up.py: stopped by {name}; go on somehow.\n" in stderr
         assert "Traceback" not in stderr
@@ -106,7 +106,7 @@ def test_a_second_signal_ends_it_at_once(script):
     assert "a second one stops at once" in process.stderr.readline() + process.stderr.readline()
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) in (-signal.SIGINT, 130)
+    assert process.wait(timeout=60) in (-signal.SIGINT, 130)
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
@@ -126,7 +126,7 @@ def test_a_signal_during_imports_is_one_line(tmp_path):
     process = start("-c", code + "time.sleep(60)", cwd=tmp_path)  # the sleep stands for an import
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert stderr.strip().endswith("stopped by Ctrl-C.")
     assert "Traceback" not in stderr
@@ -266,11 +266,11 @@ def test_sigterm_leaves_a_run_to_resume_and_no_litter(tmp_path: Path, phantom_co
     flags += ["--workers", "2", "--device", "cpu", "--epochs", "500", "--run", "stopped"]
     process = start(ROOT / "train_drunet_v2.py", "--data-dir", phantom_cohort, *flags, cwd=tmp_path)
     folder = tmp_path / "results" / "stopped"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (folder / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 143, stderr
     assert "Traceback" not in stderr
     assert stderr.count("--resume results/stopped") == 1
