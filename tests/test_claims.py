@@ -86,7 +86,7 @@ def test_a_second_program_is_refused_until_the_first_has_ended_or_was_killed(
     holder = hold(folder)
     holder.stdin.write("\n")
     holder.stdin.flush()
-    assert holder.wait(timeout=20) == 0
+    assert holder.wait(timeout=120) == 0
     claim_folder(folder, "")
 
 
