@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from audit.facts import check_facts, check_onnx
 from audit.output import (
     Output,
     Prediction,
@@ -175,6 +176,7 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
     is_onnx = Path(path).suffix == ".onnx"
     if is_onnx:
         network, checkpoint = load_onnx(path, device)
+        check_onnx(path, network, checkpoint)
         dtype = None
     else:
         network, checkpoint = load_checkpoint_network(path)
@@ -200,6 +202,7 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
 def load_checkpoint_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a checkpoint as it was trained, float32 on the CPU, and the checkpoint."""
     checkpoint = load_checkpoint(Path(path))
+    check_facts(path, checkpoint)
     network = build_network(checkpoint["config"])
     load_weights(network, checkpoint, path)
     return network.eval(), checkpoint
@@ -460,7 +463,7 @@ def report(output: Output, model: TrainedModel, rows: Sequence[Row]) -> None:
     """Write volumes.csv and log what is in it."""
     table = write_table(output, rows)
     failures = log_table(table, rows)
-    if model.checkpoint["data_kind"] == "phantom":
+    if model.checkpoint.get("data_kind") == "phantom":
         log.warning("the network was trained on synthetic phantoms; its masks of real scans mean nothing")
     log.info("masks, overlays and volumes.csv are in %s", output.folder)
     if failures:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -20,12 +20,23 @@ from cohort.labels import labels_from_regions
 from cohort.preprocess import BRAIN_SLICE_VOXELS, Frame, find_doubts
 from runtime.files import check_output, is_written_by_us, refuse_input, write_output
 from runtime.log import log
+from runtime.plain import parse_json
 
 FINISHED = ".drunet_cases"
 COLUMNS = ("case", "region", "volume_ml", "slices", "spacing", "mask", "mean_spread", "warnings", "error")
 FAR_ABOVE, FAR_BELOW = 1.5, 0.5  # times training's largest and smallest tumour; beyond is worth a look
 
 Row = dict[str, Any]
+
+
+class FinishedCase(TypedDict):
+    """A line of the list of finished cases."""
+
+    case: str
+    inputs: str
+    made_by: str
+    rows: list[Row]
+    sha256: str  # of the rest
 
 
 class ReadCase(NamedTuple):
@@ -166,7 +177,8 @@ def describe_inputs(case: Case) -> list[list[Any]]:
 
 def note_finished(output: Output, case: Case, inputs: list[list[Any]], rows: Sequence[Row]) -> None:
     """Add a case that is done to the list of them."""
-    line = {"case": case.case_id, "inputs": digest(inputs), "made_by": output.made_by, "rows": rows}
+    line = {"case": case.case_id, "inputs": digest(inputs), "made_by": output.made_by, "rows": list(rows)}
+    line["sha256"] = digest(line)
     refuse_input(output.folder / FINISHED)
     with (output.folder / FINISHED).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")  # one write: several ranks may add to the list
@@ -180,15 +192,16 @@ def find_done(output: Output, cases: Sequence[Case]) -> dict[str, list[Row]]:
     """
     found: dict[str, Any] = {}
     try:
-        lines = (output.folder / FINISHED).read_text(encoding="utf-8").splitlines()
+        lines = (output.folder / FINISHED).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, FinishedCase)
         except ValueError:  # the last line of a program that was killed
             continue
-        found[entry["case"]] = entry
+        if entry.pop("sha256") == digest(entry):
+            found[entry["case"]] = entry
     done = {}
     for case in cases:
         entry = found.get(case.case_id)

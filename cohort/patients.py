@@ -4,9 +4,7 @@ A row of a sheet lists the names one scan has had over the years. Names in one r
 same patient, are joined; whatever is joined is one patient.
 """
 
-import csv
 import dataclasses
-import io
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,6 +14,7 @@ from pathlib import Path
 from cohort.cases import Case
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from runtime.tables import parse_csv
 
 # What ids look like that no two patients share, in whatever cohort; the group is the patient. Sheets write
 # TCGA ids with hyphens, slices with underscores; what follows is a date or the sample, in any form.
@@ -152,20 +151,17 @@ def find_sheets(folders: Iterable[Path]) -> list[Path]:
 def read_sheet(path: Path) -> list[list[str]]:
     """Return the rows of a CSV file, header included, cells stripped, whatever its separator and encoding.
 
-    Raises InputError where it is missing or an Excel file.
+    Raises InputError where it is missing, an Excel file, or no CSV.
     """
     if not path.is_file():
         raise InputError(f"--mapping {path}", "no such file", "give the sheet as CSV")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(path, f"not readable ({error.strerror})", "fetch it again") from error
     if content[:2] == b"PK" or path.suffix.lower() in (".xls", ".xlsx"):
         raise InputError(f"--mapping {path}", "an Excel file", "export its sheet to CSV and give that")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    first = text.partition("\n")[0]
-    separator = max(",;\t", key=first.count)
-    return [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=separator)]
+    return parse_csv(content, f"mapping sheet {path}", ",;\t")
 
 
 def join_rows(rows: Sequence[Sequence[str]], case_ids: Iterable[str], sheet: str = "") -> list[list[str]]:

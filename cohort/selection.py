@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from cohort import cache, check, layouts, leakage
 from cohort import split as splits
 from cohort.cache import PreparedCase
@@ -21,6 +19,7 @@ from cohort.phantom import is_phantom
 from runtime.errors import InputError
 from runtime.files import write_atomically, write_json
 from runtime.log import log
+from runtime.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def hold_out(source: TrainingSource, cases: Sequence[Case], folder: Path, resume
             leakage.read_different(source.different),
         )
         write_atomically(path, lambda target: left_out.to_csv(target, index=False))
-    left_out = pd.read_csv(path, dtype={"case": str, "patient": str})
+    left_out = read_table(path, "start the run again", ("case", "patient", "evidence", "known_as"))
     counts = ", ".join(f"{count} by {name}" for name, count in left_out["evidence"].value_counts().items())
     log.info(
         "%d cases of %d patients are in %s and left out of the run%s; the list is in %s",

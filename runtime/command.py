@@ -25,8 +25,12 @@ from runtime import machine
 from runtime.errors import InputError
 from runtime.exhausted import explain_exhausted
 from runtime.log import close_log, start_log
+from runtime.plain import find_misfit
 
 Settings = TypeVar("Settings")
+# Errors of a file system that no code can mend: a full or failing disk, no permission, a file for a folder.
+WRONG_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+WRONG_PLACE += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def to_plain(settings: Any) -> dict[str, Any]:
 def from_plain(settings_class: type[Settings], plain: Mapping[str, Any]) -> Settings:
     """Return the settings of `to_plain`; what is missing has its default, what is unknown is left out.
 
-    Raises InputError where a value is out of its range.
+    Raises InputError where a value is not of its type or out of its range.
     """
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(settings_class)
@@ -133,6 +137,8 @@ def from_plain(settings_class: type[Settings], plain: Mapping[str, Any]) -> Sett
             values[field.name] = from_plain(hints[field.name], plain)
         elif field.name in plain:
             value = plain[field.name]
+            if misfit := find_misfit(value, hints[field.name]):
+                raise InputError(flag_of(field.name), misfit, "correct the file that it is read from")
             values[field.name] = tuple(value) if isinstance(value, list) else value
     settings = settings_class(**values)
     check_settings(settings)
@@ -218,7 +224,7 @@ def run_command(
         if exhausted := explain_exhausted(error, flags):
             print(f"{name}: error: {exhausted}", file=sys.stderr)
             sys.exit(2)
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        if not isinstance(error, OSError) or error.errno not in WRONG_PLACE:
             raise
         place = f" at {error.filename}" if error.filename else ""
         print(
