@@ -184,15 +184,11 @@ def note_finished(output: Output, case: Case, inputs: list[list[Any]], rows: Seq
         file.write(json.dumps(line) + "\n")  # one write: several ranks may add to the list
 
 
-def find_done(output: Output, cases: Sequence[Case]) -> dict[str, list[Row]]:
-    """Return {case id: rows of volumes.csv} of the cases that need not be done again.
-
-    Those are of the same network, settings and input files, and all that was written of them is there as it
-    was written.
-    """
-    found: dict[str, Any] = {}
+def read_finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return {case id: its last line} of the list of finished cases; lines not as written are left out."""
+    found: dict[str, dict[str, Any]] = {}
     try:
-        lines = (output.folder / FINISHED).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / FINISHED).read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return {}
     for line in lines:
@@ -202,6 +198,16 @@ def find_done(output: Output, cases: Sequence[Case]) -> dict[str, list[Row]]:
             continue
         if entry.pop("sha256") == digest(entry):
             found[entry["case"]] = entry
+    return found
+
+
+def find_done(output: Output, cases: Sequence[Case]) -> dict[str, list[Row]]:
+    """Return {case id: rows of volumes.csv} of the cases that need not be done again.
+
+    Those are of the same network, settings and input files, and all that was written of them is there as it
+    was written.
+    """
+    found = read_finished(output.folder)
     done = {}
     for case in cases:
         entry = found.get(case.case_id)

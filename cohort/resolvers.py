@@ -44,7 +44,7 @@ LabelValue = Annotated[int, Range(0, 255)]
 
 
 class NnunetFile(TypedDict, total=False):
-    """What is read of a dataset.json; the first version has `modality`, and the labels' values as their keys."""
+    """What is read of a dataset.json; the first version has `modality`, and labels by value."""
 
     channel_names: dict[str, str]
     modality: dict[str, str]

@@ -14,8 +14,9 @@ from runtime.errors import InputError
 def parse_csv(content: bytes, place: object, separators: str = ",") -> list[list[str]]:
     """Return the rows of a CSV file's bytes, cells stripped.
 
-    The separator is the one most frequent in the first line. UTF-8, or UTF-16 with its mark, or else Latin-1. Raises InputError where the bytes are no text, or quotes
-    are not closed: the rows behind them would be one cell.
+    The separator is the one most frequent in the first line; the text is UTF-8, UTF-16 with its mark, or else
+    Latin-1. Raises InputError where the bytes are no text, or quotes are not closed: the rows behind them
+    would be one cell.
     """
     remedy = "give a CSV file"
     try:
