@@ -20,10 +20,10 @@ from audit.statistics import compare_paired
 from cohort.phantom import PHANTOM_NOTE
 from runtime.checkpoints import load_checkpoint
 from runtime.command import command_line
+from runtime.csv_files import read_table
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_json
 from runtime.log import log
-from runtime.tables import read_table
 
 TEST_COHORTS = (
     "internal",

@@ -75,7 +75,7 @@ def check_facts(path: str | Path, facts: Mapping[str, Any]) -> None:
             if not config[name] or (name != "widths" and len(set(config[name])) < len(config[name])):
                 misfit = f"config.{name} is empty or names one twice"
         thresholds = facts.get("thresholds")
-        if thresholds is not None and len(thresholds) != len(config["regions"]):
+        if not misfit and thresholds is not None and len(thresholds) != len(config["regions"]):
             misfit = f"it has {len(thresholds)} thresholds for {len(config['regions'])} regions"
     if misfit:
         raise InputError(path, f"its settings cannot be used: {misfit}", "take another copy of the file")

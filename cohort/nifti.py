@@ -30,7 +30,6 @@ NIFTI_ERRORS = (
     zlib.error,
     OSError,
     ValueError,
-    OverflowError,  # of a NIfTI-2 header whose dimensions multiply beyond 64 bits
 )
 INT16_SEAM = 2**14  # int16 files with voxels beyond it on both sides have wrapped around
 

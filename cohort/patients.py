@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cohort.cases import Case
+from runtime.csv_files import parse_csv
 from runtime.errors import InputError
 from runtime.files import file_sha256
-from runtime.tables import parse_csv
 
 # What ids look like that no two patients share, in whatever cohort; the group is the patient. Sheets write
 # TCGA ids with hyphens, slices with underscores; what follows is a date or the sample, in any form.

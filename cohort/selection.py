@@ -16,10 +16,10 @@ from cohort.labels import Regions
 from cohort.layouts import CaseSource
 from cohort.patients import describe_likely_visits
 from cohort.phantom import is_phantom
+from runtime.csv_files import read_table
 from runtime.errors import InputError
 from runtime.files import write_atomically, write_json
 from runtime.log import log
-from runtime.tables import read_table
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,6 @@ from runtime.log import close_log, start_log
 from runtime.plain import find_misfit
 
 Settings = TypeVar("Settings")
-# Errors of a file system that no code can mend: a full or failing disk, no permission, a file for a folder.
-WRONG_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
-WRONG_PLACE += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,7 +221,7 @@ def run_command(
         if exhausted := explain_exhausted(error, flags):
             print(f"{name}: error: {exhausted}", file=sys.stderr)
             sys.exit(2)
-        if not isinstance(error, OSError) or error.errno not in WRONG_PLACE:
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
         place = f" at {error.filename}" if error.filename else ""
         print(
