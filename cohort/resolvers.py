@@ -187,6 +187,8 @@ def resolve_nnunet(folder: Path, names: Sequence[str]) -> list[Found]:
         raise InputError(
             path, f"its channels or labels cannot be read ({describe_error(error)})", "correct it"
         ) from error
+    if not set(modality_of.values()) & set(MODALITIES):
+        raise InputError(path, f"names no channel of {', '.join(MODALITIES)}", "correct it or move it away")
     return [
         Found(
             case_id,

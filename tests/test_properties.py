@@ -17,8 +17,9 @@ from hypothesis.extra import numpy as arrays
 from cohort.cases import Case, load_case, save_map
 from cohort.preprocess import Frame
 from cohort.split import SPLIT_PARTS, split_cases, split_sha256
-from dataset_balance_v2 import balance_slices, slice_table
+from dataset_balance_v2 import balance_slices, slice_kind, slice_table
 from inference_v2 import VIEWS, TrainedModel, predict_views, predict_volume
+from runtime.errors import InputError
 from utils_v2 import HybridFocalDiceLoss, dice_score, hd95
 
 MASKS = arrays.arrays(bool, st.tuples(st.just(2), *[st.integers(1, 5)] * 3))
@@ -186,6 +187,12 @@ def test_weights_of_slices_are_not_negative_and_sum_to_one(slices, tumour_share,
         tumour_share, empty_share = tumour_share / 2, empty_share / 2
     brain, tumour = (list(column) for column in zip(*slices, strict=True))
     table = slice_table([Slices(brain, tumour)], ("WT",))
+    share_of = {"tumour": tumour_share, "empty": empty_share, "brain": 1 - tumour_share - empty_share}
+    drawn = {kind: share_of[kind] for kind in set(slice_kind(table))}
+    if max(drawn.values()) < 1e-300:
+        with pytest.raises(InputError, match="--tumour-share"):
+            balance_slices(table, tumour_share, empty_share)
+        return
     weights = balance_slices(table, tumour_share, empty_share)
     assert weights.shape == (len(slices),)
     assert np.isfinite(weights).all()

@@ -217,6 +217,8 @@ def test_json_that_is_far_too_large_is_not_read(tmp_path, input_error):
         '{"channel_names": ["FLAIR"], "labels": {"edema": 1}}',
         '{"channel_names": {"x": "FLAIR"}, "labels": {"edema": 1}}',
         '{"channel_names": {"0": "FLAIR"}, "labels": [1]}',
+        '{"channel_names": {"0": "CT"}, "labels": {"edema": 1}}',
+        '{"modality": {}, "labels": {"0": "background", "1": "edema"}}',
         '{"channel_names": {"0": "FLAIR"}, "labels": {"edema": 257}}',
         '{"channel_names": {"0": "FLAIR"}, "labels": {"edema": [[1]]}}',
     ],
