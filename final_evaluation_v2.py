@@ -50,13 +50,12 @@ from cohort.leakage import (
 from cohort.split import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, choose_threads, load_model, predict_views
 from runtime.checkpoints import newest_run
-from runtime.command import Count, Seed, command_line, run_command
+from runtime.command import BatchSize, Seed, command_line, run_command
 from runtime.errors import InputError
 from runtime.files import (
     check_output_folder,
     file_sha256,
     mark_output_folder,
-    write_atomically,
     write_json,
 )
 from runtime.log import log, progress
@@ -71,6 +70,7 @@ from runtime.ranks import (
     share_of,
     world_size,
 )
+from runtime.tables import write_table
 from utils_v2 import THRESHOLDS, overlap_at_thresholds
 
 MODES = ("plain", "tta")
@@ -112,7 +112,7 @@ class EvaluationConfig:
     """audit test cases that were in training or validation too, and mark the output"""
     cache_dir: str = "cache"
     """folder of decoded volumes"""
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     """slabs a forward pass"""
     device: DeviceName = "auto"
     """where to compute"""
@@ -179,7 +179,7 @@ def main(config: EvaluationConfig) -> None:
     if not is_main():
         return
     rows = join_rows(audits)
-    write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
+    write_table(folder / "metrics_per_case.csv", rows)
     summary = {
         "data_kind": model.checkpoint["data_kind"],
         "includes_seen_cases": bool(len(proven)),

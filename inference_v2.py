@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from audit.facts import check_facts, check_onnx
+from audit.facts import check_facts, check_onnx_facts
 from audit.output import (
     Output,
     Prediction,
@@ -37,18 +37,19 @@ from audit.output import (
     write_table,
 )
 from audit.postprocess import postprocess, settings_of, threshold_regions
-from cohort.cases import Case, load_case
+from cohort.cases import Case, load_case, normalise_case
 from cohort.inputs import find_readable
 from cohort.layouts import CaseSource, Channel, LayoutName, find_cases_of_run, log_cases
+from cohort.network import check_network_settings, check_widths
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
+    NO_SLICE_TO_RUN,
     Frame,
     Placement,
     find_head_box,
     find_unlike_spacing,
     fit_slices,
     gather_slab,
-    normalise_volume,
     pixel_mm,
     place_case,
     unfit_slices,
@@ -57,7 +58,7 @@ from cohort.split import cases_of_split, read_split
 from model_drunet_v2 import build_network, prepare_network
 from runtime import cpu_threads
 from runtime.checkpoints import load_checkpoint, load_weights, newest_run
-from runtime.command import Count, Share, run_command
+from runtime.command import BatchSize, Share, run_command
 from runtime.errors import InputError
 from runtime.files import protect_inputs
 from runtime.log import log, progress
@@ -107,7 +108,7 @@ class InferenceConfig:
     """probability from which a voxel is tumour; default: the checkpoint's"""
     postprocess: bool = True
     """clean the masks as chosen on validation, where the checkpoint says how"""
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     """slabs per forward pass"""
     device: DeviceName = "auto"
     """where to compute"""
@@ -176,13 +177,14 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
     is_onnx = Path(path).suffix == ".onnx"
     if is_onnx:
         network, checkpoint = load_onnx(path, device)
-        check_onnx(path, network, checkpoint)
+        check_onnx_facts(path, network, checkpoint)
         dtype = None
     else:
         network, checkpoint = load_checkpoint_network(path)
         dtype = amp_dtype(device, amp)
         network = prepare_network(network, device, dtype)
     config = checkpoint["config"]
+    check_network_settings(path, config)
     if "thresholds" not in checkpoint:  # last.pt: they are chosen for best.pt alone
         log.info("%s has no thresholds and no post-processing, as best.pt has: 0.5, and none", path)
     thresholds = checkpoint.get("thresholds") or (0.5,) * len(config["regions"])
@@ -202,6 +204,8 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
 def load_checkpoint_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a checkpoint as it was trained, float32 on the CPU, and the checkpoint."""
     checkpoint = load_checkpoint(Path(path))
+    check_network_settings(path, checkpoint.get("config"))
+    check_widths(path, checkpoint)
     check_facts(path, checkpoint)
     network = build_network(checkpoint["config"])
     load_weights(network, checkpoint, path)
@@ -346,9 +350,11 @@ def choose_inputs(
 def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
     """Read and normalise one case; of the raw intensities only those of the first modality stay."""
     loaded = load_case(case, modalities, with_labels=False)
-    volume, brain = normalise_volume(loaded.volume)
+    volume, brain = normalise_case(case, loaded, modalities)
     brain_voxels = brain.sum((1, 2))
-    warnings = [*loaded.warnings, *warn_of_intensities(loaded.volume, brain_voxels, modalities)]
+    if brain_voxels.max() < BRAIN_SLICE_VOXELS:  # "0.0 ml" would not be a finding
+        raise InputError(case.modalities[modalities[0]][0], NO_SLICE_TO_RUN, "look at the scan")
+    warnings = [*loaded.warnings, *warn_of_intensities(loaded.volume, modalities)]
     frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
     first = loaded.volume[0].copy()
     return ReadCase(case, volume, brain_voxels, first, loaded.spacing_mm, frame, tuple(warnings))

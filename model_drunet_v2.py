@@ -17,7 +17,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from runtime.command import Count, run_command
+from runtime.command import Length, Side, Width, run_command
 from runtime.errors import InputError
 from runtime.log import log
 
 WIDTHS = (64, 128, 256, 512, 1024)
+Widths = Annotated[tuple[Width, ...], Length(2, 8)]  # as a setting
+MOST_PARAMETERS = 10**9  # of 3 x 3 convolutions, about; those of WIDTHS have 2 % of it
 Shape = tuple[int, int, int, int]  # N, C*K, H, W
 SWITCHES = ("use_se", "use_attention", "dilated", "residual")  # parts that an ablation switches off
 
@@ -157,6 +159,9 @@ class DRUNetV2(nn.Module):
             raise ValueError(f"widths {tuple(widths)}: at least two positive filter counts are needed")
         if in_channels < 1 or num_regions < 1:
             raise ValueError(f"in_channels {in_channels} and num_regions {num_regions} must be positive")
+        parameters = 9 * sum(a * b for a, b in zip((in_channels, *widths), widths, strict=False))
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(f"widths {tuple(widths)}: more than {parameters:,} parameters")
         self.in_channels = in_channels
         self.multiple = 2 ** (len(widths) - 1)
         self.checkpointing = False
@@ -435,13 +440,13 @@ def estimate_activation_bytes(
 class ModelConfig:
     """Settings of the model report."""
 
-    in_channels: Count = 3
+    in_channels: Width = 3
     """channels of a slab: modalities times slices"""
-    num_regions: Count = 1
+    num_regions: Width = 1
     """regions, one logit map each"""
-    widths: tuple[Count, ...] = WIDTHS
+    widths: Widths = WIDTHS
     """filters per level, the last is the bottleneck"""
-    size: Count = 256
+    size: Side = 256
     """height and width of a slab"""
     use_se: bool = True
     """squeeze-and-excitation in every residual block"""

@@ -33,9 +33,10 @@ import inference_v2 as inference
 import model_drunet_v2 as model
 from audit import overlays, plots, postprocess
 from cohort import cache, initial, phantom, selection
+from cohort.network import check_network_settings, check_widths
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
-from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks, rates
+from runtime import checkpoints, command, cpu_threads, files, machine, probe, ranks, rates, tables
 from runtime.command import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share
 from runtime.errors import InputError
 from runtime.log import log, log_to_file, progress
@@ -70,11 +71,11 @@ class TrainConfig:
     source: tyro.conf.OmitArgPrefixes[TrainingSource] = TrainingSource()
 
     # the network
-    context: CountOrZero = 1
+    context: command.Neighbours = 1
     """neighbouring slices on each side of the one segmented"""
-    size: Count = 256
+    size: command.Side = 256
     """height and width of the network's input"""
-    widths: tuple[Count, ...] = model.WIDTHS
+    widths: model.Widths = model.WIDTHS
     """filters per level, the last is the bottleneck"""
     use_se: bool = True
     """squeeze-and-excitation in every residual block"""
@@ -96,7 +97,7 @@ class TrainConfig:
     """epochs without any rise of validation Dice before the run ends"""
 
     # the step
-    batch_size: Count = 16
+    batch_size: command.BatchSize = 16
     """slabs per step, on each rank under torchrun"""
     accumulate: Count = 1
     """steps whose gradients are added up before the weights move"""
@@ -134,7 +135,7 @@ class TrainConfig:
     """where to compute"""
     amp: bool = True
     """mixed precision: bfloat16, or float16 with loss scaling, where the device has it"""
-    workers: CountOrZero = 2
+    workers: command.Processes = 2
     """loader processes; 0 loads in the training process"""
     compile: bool = False
     """compile the network with torch.compile; where that fails, go on without"""
@@ -172,7 +173,9 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         return settings_of_resumed(Path(typed.resume), parse)
     if typed.config:
         settings = command.from_plain(
-            TrainConfig, files.read_json(Path(typed.config), "--config", "a run's config.json")
+            TrainConfig,
+            files.read_json(Path(typed.config), "--config", "a run's config.json"),
+            typed.config,
         )
         return parse(dataclasses.replace(settings, run=None, resume=None, rate_since=0))
     is_demo = typed.source.data_dir is None and not phantom.DEFAULT_DATA.is_dir()
@@ -186,7 +189,9 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
 def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
     """Return the settings of a run to go on with; InputError where the command line contradicts them."""
     checkpoint = checkpoints.load_checkpoint(folder / "last.pt")
-    saved = command.from_plain(TrainConfig, checkpoint["config"])
+    check_network_settings(folder / "last.pt", checkpoint.get("config"))
+    check_widths(folder / "last.pt", checkpoint)
+    saved = command.from_plain(TrainConfig, checkpoint["config"], folder / "last.pt")
     defaults = dataclasses.replace(
         saved,
         resume=str(folder),
@@ -414,9 +419,9 @@ def write_log(run: Run, row: dict[str, Any]) -> None:
     path = run.folder / "log.csv"
     table = pd.DataFrame([row]).astype(str)  # as text, so that no earlier figure is rounded again
     if path.exists():
-        before = pd.read_csv(path, dtype=str)
+        before = tables.read_table(path, dtype=str)
         table = pd.concat([before[before["epoch"].astype(int) < row["epoch"]], table], ignore_index=True)
-    files.write_atomically(path, lambda target: table.to_csv(target, index=False))
+    tables.write_table(path, table)
     plots.plot_curves(run.folder / "curves.png", table.apply(pd.to_numeric), run.title)
 
 

@@ -20,10 +20,10 @@ from audit.statistics import compare_paired
 from cohort.phantom import PHANTOM_NOTE
 from runtime.checkpoints import load_checkpoint
 from runtime.command import command_line
-from runtime.csv_files import read_table
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_json
 from runtime.log import log
+from runtime.tables import read_columns
 
 TEST_COHORTS = (
     "internal",
@@ -40,7 +40,7 @@ def read_rows(run: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(path, "not there", f"audit the run first: final_evaluation_v2.py --run {run}")
     remedy = f"audit {run} again with this version"
-    rows = read_table(path, remedy, KEYS, (*COMPARED, "reference_ml"))
+    rows = read_columns(path, remedy, KEYS, (*COMPARED, "reference_ml"))
     if "seen_in_training" not in rows:
         raise InputError(path, "no column seen_in_training", remedy)
     rows["seen_in_training"] = rows["seen_in_training"].eq(True)  # empty where it is not known

@@ -2,24 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-from cohort.cases import Modality
 from cohort.labels import Region
-from runtime.command import Count, CountOrZero, NotNegative, Positive, Range, Share
+from cohort.network import check_network_settings
+from runtime.command import CountOrZero, NotNegative, Positive, Share
 from runtime.errors import InputError
 from runtime.onnx_file import OnnxNetwork
 from runtime.plain import find_misfit
-
-
-class NetworkSettings(TypedDict):
-    """The settings without which a network cannot be built or used."""
-
-    modalities: tuple[Modality, ...]
-    regions: tuple[Region, ...]
-    context: Annotated[int, Range(0, 100)]
-    size: Count
-    widths: tuple[Count, ...]
 
 
 class SpacingRange(TypedDict):
@@ -50,7 +40,9 @@ class Postprocessing(TypedDict):
     settings: dict[Region, Cleaning]
 
 
-class _Results(TypedDict, total=False):
+class ModelFacts(TypedDict, total=False):
+    """What inference and audit read of a network's file beside its settings."""
+
     thresholds: tuple[Share, ...]
     postprocessing: Postprocessing | None
     data_kind: Literal["phantom", "real"]
@@ -60,28 +52,18 @@ class _Results(TypedDict, total=False):
     reference_ml: dict[Region, tuple[float, float]]
 
 
-class ModelFacts(_Results):
-    """What inference and audit read of a network's file."""
-
-    config: NetworkSettings
-
-
 def check_facts(path: str | Path, facts: Mapping[str, Any]) -> None:
     """Raise InputError where what a file says of its network is of a wrong type, out of range, or at odds."""
+    check_network_settings(path, facts.get("config"))
     misfit = find_misfit(facts, ModelFacts)
-    if misfit is None:
-        config = facts["config"]
-        for name in ("modalities", "regions", "widths"):
-            if not config[name] or (name != "widths" and len(set(config[name])) < len(config[name])):
-                misfit = f"config.{name} is empty or names one twice"
-        thresholds = facts.get("thresholds")
-        if not misfit and thresholds is not None and len(thresholds) != len(config["regions"]):
-            misfit = f"it has {len(thresholds)} thresholds for {len(config['regions'])} regions"
+    thresholds, regions = facts.get("thresholds"), facts["config"]["regions"]
+    if not misfit and thresholds is not None and len(thresholds) != len(regions):
+        misfit = f"it has {len(thresholds)} thresholds for {len(regions)} regions"
     if misfit:
         raise InputError(path, f"its settings cannot be used: {misfit}", "take another copy of the file")
 
 
-def check_onnx(path: str | Path, network: OnnxNetwork, facts: Mapping[str, Any]) -> None:
+def check_onnx_facts(path: str | Path, network: OnnxNetwork, facts: Mapping[str, Any]) -> None:
     """Raise InputError where an ONNX file's metadata cannot be used or is not of its graph."""
     check_facts(path, facts)
     config = facts["config"]

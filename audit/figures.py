@@ -17,6 +17,7 @@ from audit.plots import (
 )
 from audit.results import AuditResults, headline_mode
 from cohort.phantom import PHANTOM_NOTE
+from runtime.tables import read_table
 from utils_v2 import THRESHOLDS
 
 CAPTIONS = {
@@ -50,7 +51,7 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
         name: caption if mode == "tta" else without_tta(caption) for name, caption in CAPTIONS.items()
     }
     log_path = results.run / "log.csv"
-    epochs = pd.read_csv(log_path) if log_path.exists() else pd.DataFrame()
+    epochs = read_table(log_path) if log_path.exists() else pd.DataFrame()
     if len(epochs):
         plot_curves(folder / "training_curves.png", epochs, results.run.name + note)
     else:

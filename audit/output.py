@@ -17,8 +17,9 @@ import pandas as pd
 from audit.overlays import plot_overlay
 from cohort.cases import Case, is_stack_case, label_paths, save_labels, save_map
 from cohort.labels import labels_from_regions
-from cohort.preprocess import BRAIN_SLICE_VOXELS, Frame, find_doubts
-from runtime.files import check_output, is_written_by_us, refuse_input, write_output
+from cohort.preprocess import Frame, find_doubts
+from runtime import tables
+from runtime.files import append_line, check_output, is_written_by_us, refuse_input, refuse_link, write_output
 from runtime.log import log
 from runtime.plain import parse_json
 
@@ -71,7 +72,9 @@ class Output:
     usual_ml: dict[str, Sequence[float]] | None = None  # per region, smallest and largest of training
 
     def write(self, path: Path, write: Callable[[Path], None]) -> None:
-        """Write a file, unless there is one that is not ours."""
+        """Write a file, unless there is one that is not ours, or its own folder is a link."""
+        if path.parent != self.folder:
+            refuse_link(path.parent)
         write_output(path, write, self.overwrite)
 
     def overlay_path(self, case: Case) -> Path:
@@ -92,6 +95,8 @@ def check_outputs(output: Output, cases: Sequence[Case]) -> None:
     """Raise InputError where a file of the cases, or the table, would replace what is not ours."""
     for path in (*(path for case in cases for path in output.paths_of(case)), output.folder / "volumes.csv"):
         check_output(path, output.overwrite)
+        if path.parent != output.folder:
+            refuse_link(path.parent)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,15 +135,13 @@ def write_case(read: ReadCase, prediction: Prediction, output: Output) -> list[R
     return rows
 
 
-def warn_of_intensities(volume: np.ndarray, brain_voxels: np.ndarray, modalities: Sequence[str]) -> list[str]:
-    """Return what is odd about intensities (C, D, H, W), and why the network may find nothing in them."""
-    doubts_of = {name: find_doubts(values) for name, values in zip(modalities, volume, strict=True)}
-    warnings = [f"{name} {doubt}" for name, doubts in doubts_of.items() for doubt in doubts]
-    if not brain_voxels.any():
-        warnings += [] if doubts_of[modalities[0]] else [f"no foreground in {modalities[0]}"]
-    elif brain_voxels.max() < BRAIN_SLICE_VOXELS:
-        warnings.append(f"no slice has {BRAIN_SLICE_VOXELS} foreground voxels: the network was not run")
-    return warnings
+def warn_of_intensities(volume: np.ndarray, modalities: Sequence[str]) -> list[str]:
+    """Return what is odd about intensities (C, D, H, W)."""
+    return [
+        f"{name} {doubt}"
+        for name, values in zip(modalities, volume, strict=True)
+        for doubt in find_doubts(values)
+    ]
 
 
 def warn_of_volume(output: Output, region: str, volume_ml: float) -> list[str]:
@@ -180,8 +183,7 @@ def note_finished(output: Output, case: Case, inputs: list[list[Any]], rows: Seq
     line = {"case": case.case_id, "inputs": digest(inputs), "made_by": output.made_by, "rows": list(rows)}
     line["sha256"] = digest(line)
     refuse_input(output.folder / FINISHED)
-    with (output.folder / FINISHED).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")  # one write: several ranks may add to the list
+    append_line(output.folder / FINISHED, json.dumps(line) + "\n")  # one write: several ranks may add to it
 
 
 def read_finished(folder: Path) -> dict[str, dict[str, Any]]:
@@ -235,7 +237,7 @@ def write_table(output: Output, rows: Iterable[Row]) -> pd.DataFrame:
     if table["mean_spread"].isna().all():
         table = table.drop(columns="mean_spread")
     table["slices"] = table["slices"].astype("Int64")  # whole numbers, failed cases have none
-    output.write(output.folder / "volumes.csv", lambda target: table.to_csv(target, index=False))
+    tables.write_table(output.folder / "volumes.csv", table, output.write)
     return table
 
 

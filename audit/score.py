@@ -35,10 +35,11 @@ from cohort.predictions import (
 )
 from runtime.command import command_line
 from runtime.errors import InputError
-from runtime.files import write_atomically, write_json
+from runtime.files import write_json
 from runtime.log import log
 from runtime.machine import describe_machine, describe_versions
 from runtime.processes import map_in_processes
+from runtime.tables import write_table
 
 COHORT = "predictions"  # the name in the summary: whether they are held out is not known
 
@@ -82,7 +83,7 @@ def score_predictions(settings: ScoreSettings) -> None:
     rows = pd.DataFrame([row for of_case, _ in scored for row in of_case])
     pictures = {case.case_id: picture for case, (_, picture) in zip(cases, scored, strict=True)}
     warn_of_regions(rows)
-    write_atomically(folder / "metrics_per_case.csv", lambda target: rows.to_csv(target, index=False))
+    write_table(folder / "metrics_per_case.csv", rows)
     summary = summarise_scores(settings, matched, rows, regions)
     write_json(folder / "summary.json", summary)
     log_summary(summary)

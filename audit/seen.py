@@ -20,8 +20,8 @@ from cohort.leakage import (
     unpack_identities,
 )
 from runtime.errors import InputError
-from runtime.files import write_atomically
 from runtime.log import log
+from runtime.tables import write_table
 
 
 def identify_seen(
@@ -130,7 +130,7 @@ def search_leakage(
     Rows that are no proof (`leakage.NOTES`) are written and warned of; they neither count nor refuse.
     """
     leakage = list_leakage(cohorts, known, different)
-    write_atomically(path, lambda target: leakage.to_csv(target, index=False))
+    write_table(path, leakage)
     proven = select_proven(leakage)
     seen = count_seen(cohorts, proven)
     for cohort, count in seen.items():

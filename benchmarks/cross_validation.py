@@ -29,6 +29,7 @@ from runtime.checkpoints import load_checkpoint
 from runtime.command import flag_of, from_plain, parse, run_command, to_plain
 from runtime.errors import InputError
 from runtime.files import write_json
+from runtime.tables import read_table
 from train_drunet_v2 import RESUMABLE, TrainConfig
 
 # What a fold decides itself, or what would take patients out of it.
@@ -167,7 +168,7 @@ def pool_folds(folds: Sequence[Fold], seed: int) -> dict[str, Any]:
     summaries = [json.loads((fold.run / "evaluation" / "summary.json").read_text()) for fold in folds]
     rows = []
     for fold in folds:
-        table = pd.read_csv(
+        table = read_table(
             fold.run / "evaluation" / "metrics_per_case.csv", dtype={"case": str, "patient": str}
         )
         rows.append(table[(table["cohort"] == "internal") & table["mode"].isin(("plain", "tta"))])

@@ -34,7 +34,7 @@ from cohort.pictures import (
     write_picture,
     write_stack,
 )
-from cohort.preprocess import fill_air
+from cohort.preprocess import fill_air, find_doubts, find_fault, normalise_volume
 from runtime.command import Distinct
 from runtime.errors import InputError
 from runtime.files import write_atomically
@@ -216,10 +216,8 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",), with_labels: b
         if volumes and array.shape != volumes[0].shape:
             raise InputError(path, f"has shape {array.shape}, the case's {modalities[0]} {volumes[0].shape}")
         array = fill_air(array)
-        if not np.isfinite(array).all():
-            raise InputError(
-                path, "holds NaN or infinite values in the head", "repair it or leave the case out"
-            )
+        if fault := find_fault(array):
+            raise InputError(path, f"its {name} {fault}", "repair it or leave the case out")
         if len(modalities) > 1 and (copy := find_copy(name, array, seen)):
             warnings.append(copy)
         volumes.append(array.astype(np.float32))
@@ -233,6 +231,19 @@ def load_case(case: Case, modalities: Sequence[str] = ("flair",), with_labels: b
         )
     warnings += summarise_conflicts(case, modalities, labels is not None)
     return LoadedCase(np.stack(volumes), labels, affine, measure_spacing(affine), tuple(warnings))
+
+
+def normalise_case(
+    case: Case, loaded: LoadedCase, modalities: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `normalise_volume` of a loaded case; InputError where a modality shows no brain."""
+    scores, brain = normalise_volume(loaded.volume)
+    for name, intensities, own in zip(modalities, loaded.volume, scores, strict=True):
+        if not own.any():  # as it is where nothing is foreground
+            doubts = find_doubts(intensities)
+            problem = f"its {name} {doubts[0]}" if doubts else f"no brain is found in its {name}"
+            raise InputError(case.modalities[name][0], problem, "repair it or leave the case out")
+    return scores, brain
 
 
 Write = Callable[[Path, Callable[[Path], None]], None]  # as `write_atomically`

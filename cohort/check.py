@@ -18,12 +18,19 @@ from cohort.cases import MODALITIES, Case, find_copy, read_labels, read_modality
 from cohort.layouts import CaseSource, missing_modality, scan_cases
 from cohort.nifti import AFFINE_TOLERANCE_MM, describe_affine, find_geometry_conflicts
 from cohort.patients import describe_likely_visits
-from cohort.preprocess import fill_air, find_doubts
+from cohort.preprocess import (
+    BRAIN_SLICE_VOXELS,
+    NO_SLICE_TO_RUN,
+    brain_mask,
+    fill_air,
+    find_doubts,
+    find_fault,
+)
 from cohort.resolvers import find_gap
 from runtime.errors import InputError
-from runtime.files import write_atomically
 from runtime.log import log
 from runtime.processes import map_in_processes
+from runtime.tables import write_table
 
 
 class Problem(NamedTuple):
@@ -66,14 +73,18 @@ def compare_grids(shape: tuple[int, ...], affine: np.ndarray, first: Grid) -> st
 def check_intensities(array: np.ndarray) -> Iterator[tuple[Literal["error", "warning"], str]]:
     """Yield (severity, problem) of one modality (D, H, W), in the type of its file."""
     array = fill_air(array)
-    if not np.isfinite(array).all():
-        yield "error", "holds NaN or infinite values in the head"
+    if fault := find_fault(array):
+        yield "error", fault
         return
-    if array.min() == array.max():
-        yield "error", f"is constant, {array.flat[0]:g} everywhere"
+    brain = brain_mask(array.astype(np.float32))
+    doubts = find_doubts(array)
+    if not brain.any():
+        yield "error", doubts[0] if doubts else "no brain is found in it"
         return
-    for doubt in find_doubts(array):
+    for doubt in doubts:
         yield "warning", doubt
+    if brain.sum((1, 2)).max() < BRAIN_SLICE_VOXELS:
+        yield "warning", NO_SLICE_TO_RUN
     if array.dtype.newbyteorder("=") == np.int16 and (cut := int((array == 2**15 - 1).sum())):
         yield "warning", f"{cut} voxels are at 32767, the largest value of int16: brighter ones were cut off"
     elif array.dtype.newbyteorder("=") == np.int32 and array.max() >= 2**15:
@@ -83,8 +94,9 @@ def check_intensities(array: np.ndarray) -> Iterator[tuple[Literal["error", "war
 def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = True) -> list[Problem]:
     """Return what is wrong with a case's files, each read whole: the modalities it must have, or all it has.
 
-    Unreadable files, NaN, constant volumes, unknown labels, and grids that differ are errors; an empty mask,
-    a modality that is a copy of another, and a header that disagrees with itself are warnings.
+    Unreadable files, NaN, constant volumes, no brain, unknown labels, and grids that differ are errors; an
+    empty mask, a modality that is a copy of another, too little brain for the network to run, and a header
+    that disagrees with itself are warnings.
     """
     problems: list[Problem] = []
 
@@ -184,8 +196,7 @@ def find_unlike(cases: Sequence[Case], modalities: Sequence[str]) -> list[Proble
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """Write problems as CSV: case, file, severity, problem."""
-    table = pd.DataFrame(problems, columns=Problem._fields)
-    write_atomically(path, lambda target: table.to_csv(target, index=False))
+    write_table(path, pd.DataFrame(problems, columns=Problem._fields))
 
 
 def has_error(problems: Sequence[Problem]) -> set[str]:

@@ -19,6 +19,7 @@ from cohort.leakage import (
     select_proven,
     unpack_identities,
 )
+from cohort.network import check_network_settings
 from model_drunet_v2 import SWITCHES
 from runtime.checkpoints import load_checkpoint
 from runtime.errors import InputError
@@ -62,6 +63,7 @@ def read_initial(path: str | Path) -> InitialWeights:
             "does not say what network it is of and which cases it has seen",
             "give a best.pt",
         )
+    check_network_settings(f"--init {path}", checkpoint["config"], tuple(needed))
     return InitialWeights(path, checkpoint)
 
 

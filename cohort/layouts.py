@@ -7,7 +7,6 @@ them by what is there, or looks for one alone where the user names it.
 import csv
 import dataclasses
 import itertools
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,9 @@ from cohort.resolvers import LAYOUTS, NEW_IDS, choose_mask, find_gap, is_nifti, 
 from runtime.command import Range, from_plain
 from runtime.errors import InputError
 from runtime.files import WRITTEN, is_written_by_us, protect_inputs
+from runtime.folders import cannot_read, raise_error, walk_tree
 from runtime.log import log
+from runtime.tables import unguard_cell
 
 Channel = Annotated[int, Range(0, 2), tyro.conf.arg(metavar="0|1|2")]
 LayoutName = Literal[
@@ -130,32 +131,37 @@ def _enter(path: Path) -> Path:
     return inside[0] if len(inside) == 1 else path
 
 
-def walk_folders(root: Path, seen: list[str]) -> Iterator[tuple[Path, list[str]]]:
+def walk_folders(
+    root: Path, seen: list[str], report: Callable[[InputError], None] = raise_error
+) -> Iterator[tuple[Path, list[str]]]:
     """Yield (folder, sorted names of its files) for a root and all below it, without what we wrote ourselves.
 
-    Hidden files and folders are what killed writers leave. A folder named like a NIfTI file that holds one
-    such file counts as that file. `seen` collects some names of files, to show where nothing is found.
-    Predictions are left out and said once.
+    What `walk_tree` cannot enter is reported. Hidden files and folders are what killed writers leave. A
+    folder named like a NIfTI file that holds one such file counts as that file. `seen` collects some names of
+    files, to show where nothing is found. Predictions are left out and said once.
     """
     left_out: list[Path] = []
     folders_of_masks: set[Path] = set()  # of picture cases
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folder = Path(parent)
+    for folder, folders, files in walk_tree(root, report):
         names = [name for name in files if not name.startswith(".")]
         if folder != root and folder.name == "predictions":
             left_out.append(folder)
             folders.clear()
             continue
-        predicted = names_of_predictions(folder, names)
-        if WRITTEN in files:
-            predicted |= {name for name in names if is_written_by_us(folder / name)}
+        try:
+            predicted = names_of_predictions(folder, names)
+            if WRITTEN in files:
+                predicted |= {name for name in names if is_written_by_us(folder / name)}
+        except OSError as error:  # then masks that inference wrote would be references
+            report(cannot_read(error.filename or folder, error))
+            continue
         folders_of_masks |= {folder / name for name in predicted if name in folders}
         if folder in folders_of_masks:
             predicted |= {name for name in names if re.search(r"_mask\.\w+$", name)}
         if predicted & set(names):
             left_out.append(folder)
             names = [name for name in names if name not in predicted]
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
         unpacked = [name for name in folders if _enter(folder / name) != folder / name]
         folders[:] = [name for name in folders if name not in unpacked]
         names = sorted(names + unpacked)
@@ -178,8 +184,8 @@ def names_of_predictions(folder: Path, names: Sequence[str]) -> set[str]:
             rows = csv.DictReader(file)
             if not {"case", "region", "volume_ml", "mask"} <= set(rows.fieldnames or ()):
                 return set()
-            listed = {Path(row["mask"]).name for row in rows if row["mask"]}
-    except (OSError, UnicodeDecodeError, csv.Error):
+            listed = {Path(unguard_cell(row["mask"])).name for row in rows if row["mask"]}
+    except (UnicodeDecodeError, csv.Error):
         return set()
     volumes = [name for name in names if is_nifti(name)]
     masks = [name for name in volumes if modality_named(name) == "seg"]
@@ -204,12 +210,14 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
 
     found: list[Series] = []
     visited, seen = [root.resolve().parent], []
-    for folder, names in walk_folders(root, seen):
+    for folder, names in walk_folders(root, seen, report):
         visited += [folder] if any(name.lower().endswith(".csv") for name in names) else []
         try:
             found += resolve_folder(folder, names, source.layout, root.resolve().name, source.slice_channel)
         except InputError as error:
             report(error)
+        except OSError as error:  # of what lies beside the folder, such as its masks
+            report(cannot_read(error.filename or folder, error))
     cases = [series.case for series in found if series.case.layout != "slices"]
     cases = join_folders(cases, report)
     pictures = [series for series in found if series.case.layout == "slices"]

@@ -24,9 +24,9 @@ from cohort.cache import PreparedCase
 from cohort.fingerprints import FINGERPRINT_VERSION, GRID
 from cohort.patients import is_patient_of_sheet, patient_named
 from cohort.verify import SAME_VOLUME, TURNS, compare_volumes
-from runtime.csv_files import parse_csv
 from runtime.errors import InputError
 from runtime.log import log
+from runtime.tables import parse_csv
 
 ALIKE = 0.85  # cosine from which two thumbnails are compared by their volumes; see benchmarks/README.md
 MOST_CANDIDATES = 5  # per case, the most alike first

@@ -6,9 +6,11 @@ D runs to superior, H to posterior, W to the patient's left, as BraTS files have
 
 import gzip
 import itertools
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +18,7 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
+from cohort.limits import SPACING_RANGE_MM, check_unpacked, check_voxels
 from runtime.errors import InputError
 
 CANONICAL = axcodes2ornt("LPS")
@@ -31,11 +34,59 @@ NIFTI_ERRORS = (
     OSError,
     ValueError,
 )
+TRAILING_BYTES = 2**16  # that may follow the voxels, as some tools pad their files
+MOST_EXTENSION_BYTES = 2**26  # between header and voxels
 INT16_SEAM = 2**14  # int16 files with voxels beyond it on both sides have wrapped around
+
+
+def open_nifti(path: Path) -> BinaryIO:
+    """Open a .nii or .nii.gz file for its unpacked bytes."""
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def measure_declared(path: Path) -> int:
+    """Return how many bytes, unpacked, a NIfTI file has by its header, of which alone is read.
+
+    Raises InputError where that is more than is read, or another size than the file can have.
+    """
+    try:
+        with open_nifti(path) as file:
+            start = file.read(540)
+        kind = nib.Nifti2Header if 540 in (_first_int(start, "little"), _first_int(start, "big")) else None
+        kind = kind or nib.Nifti1Header
+        header = kind(
+            start[: kind.template_dtype.itemsize].ljust(kind.template_dtype.itemsize, b"\0"), check=False
+        )
+        shape = tuple(map(int, header.get_data_shape()))
+        first = int(header.get_data_offset())
+        voxel_bytes = header.get_data_dtype().itemsize
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(path, "no such file") from None
+    except (*NIFTI_ERRORS, KeyError, OverflowError) as error:
+        raise InputError(
+            path, f"not a readable NIfTI file ({one_line(error)})", "download it again"
+        ) from error
+    check_voxels(path, math.prod(shape), f"a shape of {' x '.join(map(str, shape))}")
+    if any(length < 1 for length in shape) or not 0 <= first <= MOST_EXTENSION_BYTES:
+        raise InputError(
+            path, f"declares a shape of {shape} from byte {first} on: damaged", "download it again"
+        )
+    declared = first + math.prod(shape) * voxel_bytes
+    if path.suffix.lower() == ".gz":
+        check_unpacked(path, declared, size)
+    elif not declared <= size <= declared + TRAILING_BYTES:
+        raise InputError(path, f"declares {declared:,} bytes and has {size:,}: damaged", "download it again")
+    return declared
+
+
+def _first_int(start: bytes, order: Literal["little", "big"]) -> int:
+    return int.from_bytes(start[:4], order)
 
 
 def read_nifti_header(path: Path) -> nib.Nifti1Image:
     """Open a NIfTI file for its header and affine; raises InputError where it is missing or no NIfTI."""
+    measure_declared(path)
     try:
         return nib.load(path)
     except FileNotFoundError:
@@ -49,12 +100,18 @@ def read_nifti_header(path: Path) -> nib.Nifti1Image:
 def decode_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return (array (X, Y, Z) or (X, Y, Z, V), affine (4, 4)) as they lie in the file.
 
-    A .gz file is read to its end, so that its checksum is verified. Intensities of int16 files that wrapped
-    around at 32767 are put right.
+    No more is unpacked than its header declares. A .gz file is read to its end, so that its checksum is
+    verified. Intensities of int16 files that wrapped around at 32767 are put right.
     """
+    declared = measure_declared(path)
     is_nifti2 = isinstance(read_nifti_header(path), nib.Nifti2Image)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+        with open_nifti(path) as file:
+            content = file.read(declared)
+            more = len(file.read(TRAILING_BYTES + 1))
+        if len(content) < declared or more > TRAILING_BYTES:
+            has = f"{len(content):,}" if len(content) < declared else "more"
+            raise ValueError(f"its header declares {declared:,} bytes and it has {has}")
         image = (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
         array = np.asanyarray(image.dataobj)
     except NIFTI_ERRORS as error:
@@ -85,6 +142,7 @@ def orient_volume(
 
     `index` chooses a volume of a file of four axes; None takes files of one volume only.
     """
+    check_spacing(path, affine)
     try:
         turn = ornt_transform(io_orientation(affine), CANONICAL)
     except NIFTI_ERRORS as error:
@@ -97,7 +155,7 @@ def orient_volume(
         array = array[..., index]
     elif array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
-    if array.ndim != 3 or array.dtype.fields:
+    if array.ndim != 3 or array.dtype.fields or array.dtype.kind not in "iuf":
         raise InputError(path, f"has shape {array.shape} of {array.dtype}", "one grey volume is needed")
     canonical_affine = affine @ inv_ornt_aff(turn, array.shape)
     return apply_orientation(array, turn).transpose(2, 1, 0), canonical_affine
@@ -119,6 +177,19 @@ def measure_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     if not np.isclose(edges.prod(), abs(np.linalg.det(matrix)), rtol=1e-6, atol=0):  # float32 rounds to 1e-7
         edges = np.abs(np.diag(np.linalg.qr(matrix)[1]))  # Gram-Schmidt: the product is the determinant
     return tuple(float(size) for size in edges[::-1])
+
+
+def check_spacing(path: Path, affine: np.ndarray) -> None:
+    """Raise InputError where an affine (4, 4) has no spacing that a scan can have."""
+    low, high = SPACING_RANGE_MM
+    spacing = measure_spacing(affine) if np.isfinite(affine).all() else (math.nan,) * 3
+    if not all(low <= size <= high for size in spacing):
+        sizes = " x ".join(f"{size:.4g}" for size in spacing)
+        raise InputError(
+            path,
+            f"its voxels are {sizes} mm by its header, and scans have {low:g} to {high:g}",
+            "repair the header",
+        )
 
 
 def describe_affine(affine: np.ndarray) -> str:

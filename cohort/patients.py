@@ -5,16 +5,16 @@ same patient, are joined; whatever is joined is one patient.
 """
 
 import dataclasses
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cohort.cases import Case
-from runtime.csv_files import parse_csv
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from runtime.log import log
+from runtime.tables import parse_csv
 
 # What ids look like that no two patients share, in whatever cohort; the group is the patient. Sheets write
 # TCGA ids with hyphens, slices with underscores; what follows is a date or the sample, in any form.
@@ -140,11 +140,18 @@ def is_patient_of_sheet(alias: str) -> bool:
 
 
 def find_sheets(folders: Iterable[Path]) -> list[Path]:
-    """Return the mapping sheets in these folders, told by their names; unreadable folders have none."""
+    """Return the mapping sheets in these folders, told by their names.
+
+    Folders that cannot be read, such as the one above the data, are warned of.
+    """
     sheets = set()
     for folder in folders:
-        if os.access(folder, os.R_OK | os.X_OK):
+        try:
             sheets |= {path for path in folder.iterdir() if SHEET_NAMES.fullmatch(path.name)}
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("no mapping sheet is looked for in %s: %s", folder, error.strerror)
     return sorted(path for path in sheets if path.is_file())
 
 

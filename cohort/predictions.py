@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from cohort.cases import Case, read_labels
 from cohort.labels import LABEL_CONVENTIONS, regions_from_labels
 from cohort.nifti import AFFINE_TOLERANCE_MM
 from runtime.errors import InputError
+from runtime.folders import walk_tree
 from runtime.processes import map_in_processes
 
 # What may follow a case id in the name of its mask: _seg, -seg, _pred, _prediction, _pred_final, _mask, ...
@@ -47,9 +47,9 @@ def match_predictions(folder: Path, cases: Sequence[Case]) -> Matched:
     volumes: dict[str, list[Path]] = defaultdict(list)
     slices: dict[str, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
     ids = {case.case_id for case in cases if case.layout != "slices"}
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(parent) / name
+    for parent, _, names in walk_tree(folder):
+        for name in [name for name in names if not name.startswith(".")]:
+            path = parent / name
             if name.lower().endswith((".nii", ".nii.gz")):
                 volumes[name_of_case(name, ids)].append(path)
             elif match := SLICE_NAME.fullmatch(name):

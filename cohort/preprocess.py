@@ -18,6 +18,7 @@ RESIZE_ABOVE = 1.25  # slices up to a quarter larger than the network's input ar
 SPACING_SHARE = 0.25  # beyond training's range by more, slices are resampled to it, slice distances warned of
 HEAD_SPECK_SHARE = 0.01  # of the head's shadow; smaller specks beside it are none of it
 BRAIN_SLICE_VOXELS = 64  # a slice with fewer brain voxels counts as empty
+NO_SLICE_TO_RUN = f"no slice has {BRAIN_SLICE_VOXELS} voxels of brain, the fewest that the network is run on"
 FOREGROUND_STEP = 0.1  # of the way from air to the brightest: what is nearer to air counts as air
 BELOW_AIR_SHARE = (
     0.05  # of the voxels unlike air; where more are darker than air, air is no longer the darkest
@@ -25,6 +26,7 @@ BELOW_AIR_SHARE = (
 AIR_BORDER_SHARE = 0.1  # of the slices' borders; a value that holds less is not known to be air
 AIR_TOLERANCE = 1e-3  # of the range: what is as good as equal to air, where
 AIR_TRACES_SHARE = 0.01  # of the border or more is so without being equal
+LARGEST_INTENSITY = 1e18  # of a scan: its square still fits float32
 HOLE_VOXELS = 8  # smaller groups at the value of air are tissue, in integers; smaller groups of NaN no air
 
 
@@ -114,6 +116,20 @@ def level_air(intensities: np.ndarray) -> np.ndarray:
     is_air[0] = False
     air_voxels = is_air[parts] if are_integers else is_air[parts] | (distance == 0)
     return np.where(air_voxels, intensities.dtype.type(darkest), intensities)
+
+
+def find_fault(intensities: np.ndarray) -> str | None:
+    """Return what makes a modality (D, H, W), after `fill_air`, unusable as float32, else None."""
+    if intensities.size == 0:
+        return "is empty"
+    low, high = intensities.min(), intensities.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "holds NaN or infinite values in the head"
+    if max(abs(float(low)), abs(float(high))) > LARGEST_INTENSITY:
+        return f"holds values from {low:.3g} to {high:.3g}, beyond what float32 computes with"
+    if np.float32(low) == np.float32(high):
+        return f"is constant, {low:g} everywhere"
+    return None
 
 
 def find_doubts(intensities: np.ndarray) -> list[str]:

@@ -16,10 +16,10 @@ from cohort.labels import Regions
 from cohort.layouts import CaseSource
 from cohort.patients import describe_likely_visits
 from cohort.phantom import is_phantom
-from runtime.csv_files import read_table
 from runtime.errors import InputError
-from runtime.files import write_atomically, write_json
+from runtime.files import write_json
 from runtime.log import log
+from runtime.tables import read_columns, write_table
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def hold_out(source: TrainingSource, cases: Sequence[Case], folder: Path, resume
             [leakage.identify_case(case) for case in others],
             leakage.read_different(source.different),
         )
-        write_atomically(path, lambda target: left_out.to_csv(target, index=False))
-    left_out = read_table(path, "start the run again", ("case", "patient", "evidence", "known_as"))
+        write_table(path, left_out)
+    left_out = read_columns(path, "start the run again", ("case", "patient", "evidence", "known_as"))
     counts = ", ".join(f"{count} by {name}" for name, count in left_out["evidence"].value_counts().items())
     log.info(
         "%d cases of %d patients are in %s and left out of the run%s; the list is in %s",

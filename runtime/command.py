@@ -13,6 +13,7 @@ import itertools
 import math
 import shlex
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from runtime import machine
 from runtime.errors import InputError
 from runtime.exhausted import explain_exhausted
 from runtime.log import close_log, start_log
-from runtime.plain import find_misfit
 
 Settings = TypeVar("Settings")
 
@@ -63,6 +63,14 @@ class Distinct:
     """Marks a setting that takes one value or more, each once."""
 
 
+@dataclass(frozen=True)
+class Length:
+    """How many values a setting takes."""
+
+    low: int
+    high: int
+
+
 def _number(kind: type, allowed: Range) -> Any:
     return Annotated[kind, allowed, tyro.conf.arg(metavar=f"{kind.__name__.upper()} {allowed}")]
 
@@ -74,37 +82,67 @@ Positive = _number(float, Range(0, above=True))
 NotNegative = _number(float, Range(0))
 Share = _number(float, Range(0, 1))
 Decay = _number(float, Range(0, 1, below=True))
+# Far beyond what any network of this kind has: a typing error or a damaged file ends at once.
+Width = _number(int, Range(1, 4096))
+Side = _number(int, Range(1, 4096))
+Neighbours = _number(int, Range(0, 32))
+BatchSize = _number(int, Range(1, 2**16))
+Processes = _number(int, Range(0, 256))
 
 
-def check_settings(settings: Any) -> None:
-    """Raise InputError where a value of a settings dataclass, or of one nested in it, is out of its range."""
+def check_settings(settings: Any, place: str | Path = "") -> None:
+    """Raise InputError where a value of a settings dataclass, or of one nested in it, is out of its range.
+
+    `place` is the file that the settings are from, which the error then names.
+    """
     hints = typing.get_type_hints(type(settings), include_extras=True)
+    types_of = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            check_settings(value)
+            check_settings(value, place)
             continue
+        flag = f"{place}, {field.name}" if place else flag_of(field.name)
+        if not is_of_type(value, types_of[field.name]):
+            shown = repr(value)
+            shown = shown if len(shown) < 50 else f"{shown[:50]}..."
+            raise InputError(f"{flag} {shown}", "is of a kind that the setting does not take")
         for marker in _markers(hints[field.name]):
-            flag = flag_of(field.name)
             values = value if isinstance(value, tuple) else (value,)
             if isinstance(marker, Range):
                 for number in values:
                     if number is not None and not marker.holds(number):
                         raise InputError(f"{flag} {number}", f"must be a number {marker}")
+            if isinstance(marker, Length) and not marker.low <= len(values) <= marker.high:
+                raise InputError(flag, f"takes {marker.low} to {marker.high} values, not {len(values)}")
             if isinstance(marker, Distinct) and not values:
                 raise InputError(flag, "needs a value")
             if isinstance(marker, Distinct) and len(set(values)) < len(values):
-                raise InputError(f"{flag} {' '.join(values)}", "names one value twice", "name each once")
+                raise InputError(f"{flag} {' '.join(values)[:50]}", "names one value twice", "name each once")
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a setting's type; True is no number, a whole number is a float too."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of_type(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_of_type(part, arguments[0]) for part in value)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, (str, Path) if hint is str else hint)
 
 
 def _markers(hint: Any) -> Iterator[Any]:
-    """Yield the Range and Distinct objects anywhere in a type."""
+    """Yield the Range, Length and Distinct objects anywhere in a type."""
     for argument in typing.get_args(hint):
-        if isinstance(argument, Range | Distinct):
+        if isinstance(argument, Range | Length | Distinct):
             yield argument
         yield from _markers(argument)
     for marker in getattr(hint, "__metadata__", ()):
-        if isinstance(marker, Range | Distinct):
+        if isinstance(marker, Range | Length | Distinct):
             yield marker
 
 
@@ -122,23 +160,21 @@ def to_plain(settings: Any) -> dict[str, Any]:
     return plain
 
 
-def from_plain(settings_class: type[Settings], plain: Mapping[str, Any]) -> Settings:
+def from_plain(settings_class: type[Settings], plain: Mapping[str, Any], place: str | Path = "") -> Settings:
     """Return the settings of `to_plain`; what is missing has its default, what is unknown is left out.
 
-    Raises InputError where a value is not of its type or out of its range.
+    Raises InputError where a value is of another kind or out of its range; it names `place`, their file.
     """
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = from_plain(hints[field.name], plain)
+            values[field.name] = from_plain(hints[field.name], plain, place)
         elif field.name in plain:
             value = plain[field.name]
-            if misfit := find_misfit(value, hints[field.name]):
-                raise InputError(flag_of(field.name), misfit, "correct the file that it is read from")
             values[field.name] = tuple(value) if isinstance(value, list) else value
     settings = settings_class(**values)
-    check_settings(settings)
+    check_settings(settings, place)
     return settings
 
 

@@ -64,6 +64,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(
         f".{os.getpid()}.{path.name}"
     )  # the suffix stays: writers choose the format by it
+    temporary.unlink(missing_ok=True)  # a link there would be written through
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -123,8 +124,7 @@ def write_output(path: Path, write: Callable[[Path], None], overwrite: bool = Fa
         line = f"{file_sha256(temporary)}  {path.name}\n"
         # before the file has its name: a program killed here leaves a line too many, not a file too few.
         # One short appended line: several ranks may write to one folder.
-        with (path.parent / WRITTEN).open("a", encoding="utf-8") as file:
-            file.write(line)
+        append_line(path.parent / WRITTEN, line)
 
     check_output(path, overwrite)
     write_atomically(path, write_and_list)
@@ -148,7 +148,20 @@ def check_output_folder(folder: Path, overwrite: bool = False) -> None:
 def mark_output_folder(folder: Path) -> None:
     """Mark a folder of outputs as ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WRITTEN).touch()
+    append_line(folder / WRITTEN, "")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a list in a folder of outputs; InputError where the list is a link to another file."""
+    refuse_link(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise InputError where a path is a link: what is written there would go elsewhere."""
+    if path.is_symlink():
+        raise InputError(path, "is a link, and nothing is written through links", "remove it")
 
 
 def write_json(path: Path, content: Any) -> None:

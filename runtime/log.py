@@ -51,7 +51,12 @@ def start_log() -> None:
 
 
 def log_to_file(path: Path) -> None:
-    """Append what the program says from now on to a file too, with the time, from the main rank."""
+    """Append what the program says from now on to a file too, with the time, from the main rank.
+
+    A link of that name is replaced, and what it leads to stays as it is.
+    """
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
     _add(
         logging.FileHandler(path, encoding="utf-8", delay=True),
         _Words("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"),

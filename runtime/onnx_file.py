@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from runtime.errors import InputError
 from runtime.files import describe_error
+from runtime.onnx_check import check_onnx
 from runtime.plain import parse_json
 
 ONNX_FORMAT = "drunet-v2-onnx/2"
@@ -86,6 +87,7 @@ def load_onnx(path: str | Path, device: torch.device) -> tuple[OnnxNetwork, dict
         raise InputError(path, "no such file", "write one with export_v2.py")
     try:
         sealed = is_sealed(Path(path))
+        check_onnx(Path(path))
     except OSError as error:
         raise InputError(path, f"not readable ({describe_error(error)})", "export it again") from error
     options = onnxruntime.SessionOptions()

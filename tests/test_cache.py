@@ -198,15 +198,15 @@ def test_the_brain_is_that_of_the_raw_intensities_of_the_first_modality(phantom_
     assert not any(of_scores)  # clipped z-scores have another brain
 
 
-def test_inverted_grey_values_are_warned_of_each_time(phantom_cohort, tmp_path, write_nifti, caplog):
+def test_inverted_grey_values_in_which_no_brain_is_found_are_refused_each_time(
+    phantom_cohort, tmp_path, write_nifti, input_error
+):
     flair = load_case(find_cases(CaseSource(phantom_cohort))[0]).volume[0].transpose(2, 1, 0)
     for case_id, array in (("inverted", flair.max() - flair), ("sound", flair)):
         write_nifti(tmp_path / "data" / case_id / f"{case_id}_flair.nii.gz", array)
     for _ in range(2):
-        caplog.clear()
-        prepare_cases(find_cases(CaseSource(tmp_path / "data")), ("flair",), (), tmp_path / "cache")
-        (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-        assert warning.startswith("inverted: flair is brightest in air")
+        with input_error("inverted_flair.nii.gz", "its flair is brightest in air"):
+            prepare_cases(find_cases(CaseSource(tmp_path / "data")), ("flair",), (), tmp_path / "cache")
 
 
 def test_the_audit_calibrates_over_the_brain_of_the_validation_cases(phantom_cohort, cache, monkeypatch):
@@ -618,3 +618,86 @@ def test_prepared_phantoms_have_brain_tumour_and_slices_without_brain(phantom_co
         assert max(case.brain_voxels) > 400
         assert min(case.brain_voxels) < BRAIN_SLICE_VOXELS
         assert 0 < sum(case.region_voxels[0]) < sum(case.brain_voxels) / 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Entries of the right size that hold something else
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entry(case, tmp_path):
+    """(folder of the entry of a case, function that prepares it as a new run does)."""
+
+    def prepare() -> PreparedCase:
+        cache_module._verified.clear()
+        return prepare_cases([case], ("flair",), ("WT",), tmp_path / "cache")[0]
+
+    return prepare().folder, prepare
+
+
+def fill_with_nan(path: Path) -> None:
+    array = np.load(path)
+    np.save(path, np.full_like(array, np.nan if array.dtype == np.float16 else 255))
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def move_spacing(path: Path) -> None:
+    path.write_text(path.read_text().replace('"spacing_known": true', '"spacing_known": false'))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("volume.npy", fill_with_nan),
+        ("masks.npy", fill_with_nan),
+        ("volume.npy", flip_last_bit),
+        ("masks.npy", flip_last_bit),
+        ("facts.json", move_spacing),
+    ],
+)
+def test_an_entry_of_the_right_size_is_not_believed_and_made_again(entry, caplog, name, harm):
+    folder, prepare = entry
+    path = folder / name
+    sound, state = path.read_bytes(), path.stat()
+    harm(path)
+    assert path.read_bytes() != sound
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    prepare()
+    assert path.read_bytes() == sound
+    assert [record.levelname for record in caplog.records if "damaged" in record.message] == ["WARNING"]
+    caplog.clear()
+    prepare()
+    assert "damaged" not in caplog.text
+
+
+def test_any_flipped_bit_of_an_entry_is_found(entry):
+    folder, _ = entry
+    generator = np.random.default_rng(0)
+    for name in ("volume.npy", "masks.npy", "facts.json"):
+        sound = (folder / name).read_bytes()
+        for bit in generator.integers(0, 8 * len(sound), 60).tolist():
+            content = bytearray(sound)
+            content[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(content)
+            cache_module._verified.clear()
+            facts = cache_module.read_facts(folder)
+            # a space of the indentation may become another white space, which changes nothing
+            assert facts is None or (name == "facts.json" and facts == json.loads(sound))
+        (folder / name).write_bytes(sound)
+    assert cache_module.read_facts(folder) == json.loads((folder / "facts.json").read_bytes())
+
+
+def test_an_entry_is_read_through_once_a_run(entry, monkeypatch):
+    _, prepare = entry
+    prepared, real, read = prepare(), cache_module.file_crc32, []
+    monkeypatch.setattr(cache_module, "file_crc32", lambda path: read.append(path.name) or real(path))
+    assert cache_module.read_facts(prepared.folder)
+    assert read == []
+    prepare()
+    assert sorted(read) == ["masks.npy", "volume.npy"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.files import file_sha256, write_atomically, write_json
+from audit.output import Output
+from runtime.files import (
+    WRITTEN,
+    file_sha256,
+    mark_output_folder,
+    write_atomically,
+    write_json,
+    write_output,
+)
+from runtime.log import close_log, log, log_to_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ExpectInputError = Callable[..., AbstractContextManager[None]]
@@ -94,3 +104,31 @@ def test_file_sha256_of_a_known_text(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_sha256(tmp_path / "file") == expected
+
+
+def test_a_link_is_replaced_or_refused_and_its_target_stays(tmp_path, input_error):
+    target = tmp_path / "elsewhere" / "precious"
+    target.parent.mkdir()
+    target.write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("x.txt", f".{os.getpid()}.y.txt", "train.log"):
+        (out / name).symlink_to(target)
+    for name in ("x.txt", "y.txt"):
+        write_atomically(out / name, lambda path: path.write_text("new"))
+        assert (out / name).read_text() == "new"
+        assert not (out / name).is_symlink()
+    log_to_file(out / "train.log")
+    log.warning("said")
+    close_log()
+    assert "said" in (out / "train.log").read_text()
+    (out / WRITTEN).symlink_to(target)
+    for write in (lambda: mark_output_folder(out), lambda: write_output(out / "z.txt", Path.touch)):
+        with input_error(out / WRITTEN, "is a link"):
+            write()
+    assert not (out / "z.txt").exists()
+    (out / "p").symlink_to(target.parent)
+    with input_error(out / "p", "is a link"):
+        Output(out, ("WT",)).write(out / "p" / "p_1_mask.png", Path.touch)
+    assert [path.name for path in target.parent.iterdir()] == ["precious"]
+    assert target.read_text() == "precious"
