@@ -81,6 +81,20 @@ def count_pages(path: Path) -> int:
     return sum(1 for _ in read_directories(path))
 
 
+def check_chunks(path: Path) -> None:
+    """Raise InputError where a PNG's chunk is longer than its file: a decoder makes room for what it says."""
+    size, at = path.stat().st_size, 8
+    with path.open("rb") as file:
+        while at + 8 <= size:
+            file.seek(at)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            at += 12 + length
+            if at > size:
+                raise InputError(path, "not a readable picture (cut short)", "export it again")
+            if kind == b"IEND":
+                return
+
+
 def read_sizes(path: Path) -> list[PageSize]:
     """Return what a picture declares of each page; InputError where it is neither PNG nor TIF inside."""
     try:
@@ -89,6 +103,7 @@ def read_sizes(path: Path) -> list[PageSize]:
     except OSError as error:
         raise InputError(path, f"not readable ({error.strerror})", "fetch it again") from error
     if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) == 26:
+        check_chunks(path)
         width, height, bits, colour = struct.unpack_from(">IIBB", head, 16)
         return [PageSize(width, height, {2: 3, 4: 2, 6: 4}.get(colour, 1), bits)]
     sizes = []
