@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from audit.compare import COMPARED, find_scores, read_rows
 from audit.facts import check_facts
+from audit.figures import read_epochs
 from audit.output import FINISHED, Output, find_done, note_finished, read_finished
 from cohort import cache as cache_module
 from cohort.cache import prepare_cases, read_facts
@@ -189,6 +190,21 @@ def test_metrics_are_read_and_those_that_are_none_named(tmp_path, input_error):
         path.write_bytes(content)
         with input_error(path):
             read_rows(tmp_path / "bytes")
+
+
+def test_an_audit_does_without_the_curves_of_a_log_that_is_none(tmp_path, caplog):
+    path = tmp_path / "log.csv"
+    head = "epoch,train_loss,train_dice,learning_rate,validation_dice_WT\n"
+    path.write_text(f"{head}1,0.5,0.6,0.001,0.7\n")
+    assert read_epochs(path)["validation_dice_WT"].tolist() == [0.7]
+    assert caplog.text == ""
+    for content in ("", "\x00\xff", "a,b\n1,2\n", f"{head}1,x,0.6,0.001,0.7\n", f"{head}1,0.5,0.6,0.001,y\n"):
+        caplog.clear()
+        path.write_text(content)
+        assert read_epochs(path).empty
+        assert "no training curves" in caplog.text
+    path.unlink()
+    assert read_epochs(path).empty
 
 
 @pytest.mark.parametrize(
