@@ -190,7 +190,6 @@ def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> Trai
     """Return the settings of a run to go on with; InputError where the command line contradicts them."""
     checkpoint = checkpoints.load_checkpoint(folder / "last.pt")
     check_network_settings(folder / "last.pt", checkpoint.get("config"))
-    check_widths(folder / "last.pt", checkpoint)
     saved = command.from_plain(TrainConfig, checkpoint["config"], folder / "last.pt")
     defaults = dataclasses.replace(
         saved,
@@ -605,6 +604,7 @@ def main(config: TrainConfig) -> None:
     last = Path(config.results_dir) / config.run / "last.pt"
     checkpoint = checkpoints.load_checkpoint(last) if config.resume else None
     if checkpoint:
+        check_widths(last, checkpoint)
         config = share_batch(config, checkpoint.get("ranks", 1), ranks.world_size())
     device = ranks.local_device(machine.choose_device(config.device))
     dtype = machine.amp_dtype(device, config.amp)

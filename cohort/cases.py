@@ -34,7 +34,7 @@ from cohort.pictures import (
     write_picture,
     write_stack,
 )
-from cohort.preprocess import fill_air, find_doubts, find_fault, normalise_volume
+from cohort.preprocess import fill_air, find_fault, find_no_brain, normalise_volume
 from runtime.command import Distinct
 from runtime.errors import InputError
 from runtime.files import write_atomically
@@ -239,10 +239,9 @@ def normalise_case(
     """Return `normalise_volume` of a loaded case; InputError where a modality shows no brain."""
     scores, brain = normalise_volume(loaded.volume)
     for name, intensities, own in zip(modalities, loaded.volume, scores, strict=True):
-        if not own.any():  # as it is where nothing is foreground
-            doubts = find_doubts(intensities)
-            problem = f"its {name} {doubts[0]}" if doubts else f"no brain is found in its {name}"
-            raise InputError(case.modalities[name][0], problem, "repair it or leave the case out")
+        if problem := find_no_brain(intensities, bool(own.any())):  # 0 where nothing is foreground
+            place = case.modalities[name][0]
+            raise InputError(place, f"its {name} {problem}", "repair it or leave the case out")
     return scores, brain
 
 

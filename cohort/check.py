@@ -19,12 +19,11 @@ from cohort.layouts import CaseSource, missing_modality, scan_cases
 from cohort.nifti import AFFINE_TOLERANCE_MM, describe_affine, find_geometry_conflicts
 from cohort.patients import describe_likely_visits
 from cohort.preprocess import (
-    BRAIN_SLICE_VOXELS,
-    NO_SLICE_TO_RUN,
     brain_mask,
     fill_air,
     find_doubts,
     find_fault,
+    find_no_brain,
 )
 from cohort.resolvers import find_gap
 from runtime.errors import InputError
@@ -76,15 +75,11 @@ def check_intensities(array: np.ndarray) -> Iterator[tuple[Literal["error", "war
     if fault := find_fault(array):
         yield "error", fault
         return
-    brain = brain_mask(array.astype(np.float32))
-    doubts = find_doubts(array)
-    if not brain.any():
-        yield "error", doubts[0] if doubts else "no brain is found in it"
+    if problem := find_no_brain(array, bool(brain_mask(array.astype(np.float32)).any())):
+        yield "error", problem
         return
-    for doubt in doubts:
+    for doubt in find_doubts(array):
         yield "warning", doubt
-    if brain.sum((1, 2)).max() < BRAIN_SLICE_VOXELS:
-        yield "warning", NO_SLICE_TO_RUN
     if array.dtype.newbyteorder("=") == np.int16 and (cut := int((array == 2**15 - 1).sum())):
         yield "warning", f"{cut} voxels are at 32767, the largest value of int16: brighter ones were cut off"
     elif array.dtype.newbyteorder("=") == np.int32 and array.max() >= 2**15:
@@ -95,8 +90,7 @@ def check_case(case: Case, modalities: Sequence[str] = (), every_file: bool = Tr
     """Return what is wrong with a case's files, each read whole: the modalities it must have, or all it has.
 
     Unreadable files, NaN, constant volumes, no brain, unknown labels, and grids that differ are errors; an
-    empty mask, a modality that is a copy of another, too little brain for the network to run, and a header
-    that disagrees with itself are warnings.
+    empty mask, a modality that is a copy of another, and a header that disagrees with itself are warnings.
     """
     problems: list[Problem] = []
 

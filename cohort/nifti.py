@@ -35,6 +35,8 @@ NIFTI_ERRORS = (
     zlib.error,
     OSError,
     ValueError,
+    KeyError,
+    OverflowError,
 )
 TRAILING_BYTES = 2**16  # that may follow the voxels, as some tools pad their files
 MOST_EXTENSION_BYTES = 2**26  # between header and voxels
@@ -65,7 +67,7 @@ def measure_declared(path: Path) -> int:
         size = path.stat().st_size
     except FileNotFoundError:
         raise InputError(path, "no such file") from None
-    except (*NIFTI_ERRORS, KeyError, OverflowError) as error:
+    except NIFTI_ERRORS as error:
         raise InputError(
             path, f"not a readable NIfTI file ({one_line(error)})", "download it again"
         ) from error

@@ -13,6 +13,7 @@ from runtime.errors import InputError
 
 SLICES_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # PNG and TIF carry no geometry: 1 mm, LPS, stated as unknown
 TIF_RATIO = 10_000  # a byte of a TIF unpacks to no more; blank LZW reaches 1,400
+PNG = b"\x89PNG\r\n\x1a\n"
 MOST_TAGS = 4096  # of a page that are looked at
 RGB_CHANNELS = {"t1": 0, "flair": 1, "t1ce": 2}  # kaggle_3m: before contrast, FLAIR, after contrast
 
@@ -81,20 +82,6 @@ def count_pages(path: Path) -> int:
     return sum(1 for _ in read_directories(path))
 
 
-def check_chunks(path: Path) -> None:
-    """Raise InputError where a PNG's chunk is longer than its file: a decoder makes room for what it says."""
-    size, at = path.stat().st_size, 8
-    with path.open("rb") as file:
-        while at + 8 <= size:
-            file.seek(at)
-            length, kind = struct.unpack(">I4s", file.read(8))
-            at += 12 + length
-            if at > size:
-                raise InputError(path, "not a readable picture (cut short)", "export it again")
-            if kind == b"IEND":
-                return
-
-
 def read_sizes(path: Path) -> list[PageSize]:
     """Return what a picture declares of each page; InputError where it is neither PNG nor TIF inside."""
     try:
@@ -102,8 +89,7 @@ def read_sizes(path: Path) -> list[PageSize]:
             head = file.read(26)
     except OSError as error:
         raise InputError(path, f"not readable ({error.strerror})", "fetch it again") from error
-    if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) == 26:
-        check_chunks(path)
+    if head.startswith(PNG) and len(head) == 26:
         width, height, bits, colour = struct.unpack_from(">IIBB", head, 16)
         return [PageSize(width, height, {2: 3, 4: 2, 6: 4}.get(colour, 1), bits)]
     sizes = []
@@ -126,7 +112,28 @@ def check_size(path: Path) -> None:
     what = f"{pages}{largest.width:,} x {largest.height:,} pixels"
     check_voxels(path, sum(page.values for page in sizes), what)
     ratio = DEFLATE_RATIO if path.suffix.lower() == ".png" else TIF_RATIO
-    check_unpacked(path, sum(page.values * page.bits // 8 for page in sizes), size, ratio)
+    check_unpacked(path, sum(page.values * max(page.bits, 1) // 8 for page in sizes), size, ratio)
+    if not is_whole_png(path, size):
+        raise InputError(path, "is cut short or damaged: not a readable picture", "export it again")
+
+
+def is_whole_png(path: Path, size: int) -> bool:
+    """Return whether all parts of a PNG of `size` bytes lie in it; True for what is no PNG.
+
+    OpenCV takes memory for as much as a part declares.
+    """
+    with path.open("rb") as file:
+        if not file.read(8).startswith(PNG):
+            return True
+        kind = b""
+        while kind != b"IEND":
+            start = file.read(8)
+            if len(start) < 8:
+                return False
+            length, kind = struct.unpack(">I4s", start)
+            if file.seek(length + 4, 1) > size:
+                return False
+    return True
 
 
 def decode(path: Path) -> np.ndarray:

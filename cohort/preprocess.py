@@ -127,9 +127,18 @@ def find_fault(intensities: np.ndarray) -> str | None:
         return "holds NaN or infinite values in the head"
     if max(abs(float(low)), abs(float(high))) > LARGEST_INTENSITY:
         return f"holds values from {low:.3g} to {high:.3g}, beyond what float32 computes with"
+    return None
+
+
+def find_no_brain(intensities: np.ndarray, has_brain: bool) -> str | None:
+    """Return why there is nothing to segment in a modality (D, H, W), None where its mask holds a brain."""
+    low, high = intensities.min(), intensities.max()
     if np.float32(low) == np.float32(high):
         return f"is constant, {low:g} everywhere"
-    return None
+    if has_brain:
+        return None
+    doubts = find_doubts(intensities)
+    return doubts[0] if doubts else "shows no brain: nothing in it is brighter than its border"
 
 
 def find_doubts(intensities: np.ndarray) -> list[str]:

@@ -105,7 +105,7 @@ def check_settings(settings: Any, place: str | Path = "") -> None:
         if dataclasses.is_dataclass(value):
             check_settings(value, place)
             continue
-        flag = f"{place}, {field.name}" if place else flag_of(field.name)
+        flag = f"{place}, {flag_of(field.name)}" if place else flag_of(field.name)
         if not is_of_type(value, types_of[field.name]):
             shown = repr(value)
             shown = shown if len(shown) < 50 else f"{shown[:50]}..."

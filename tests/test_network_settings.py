@@ -62,9 +62,11 @@ def test_settings_of_a_checkpoint_are_held_against_their_ranges(
 ):
     path = write_checkpoint("last.pt", **settings)
     started = time.process_time()
-    for read in (lambda: load_model(path, CPU), lambda: settings_of_resumed(path.parent, parse)):
-        with input_error(path, words if read.__code__.co_names[0] == "load_model" else ""):
-            read()
+    with input_error(path, words):
+        load_model(path, CPU)
+    if words not in ("widths 4096", "multiple of 2"):  # in range, and held against the weights
+        with input_error(path, words):
+            settings_of_resumed(path.parent, parse)
     assert time.process_time() - started < 1
 
 
