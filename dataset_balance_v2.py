@@ -107,7 +107,11 @@ def balance_slices(table: pd.DataFrame, tumour_share: float = 0.5, empty_share: 
         if rows.any():
             weights[rows] = share / rows.sum()
     if weights.sum() == 0:
-        raise ValueError(f"no slice can be drawn with tumour_share={tumour_share}, empty_share={empty_share}")
+        raise InputError(
+            f"--tumour-share {tumour_share} --empty-share {empty_share}",
+            "leave no slice that can be drawn",
+            "give each kind of slice that the cases have a share",
+        )
     return weights / weights.sum()
 
 

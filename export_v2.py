@@ -37,7 +37,7 @@ from runtime.command import Seed, run_command
 from runtime.errors import InputError
 from runtime.files import check_output, file_sha256, protect_inputs, write_output
 from runtime.log import log
-from runtime.onnx_file import ONNX_FORMAT, load_onnx
+from runtime.onnx_file import NO_HASH, ONNX_FORMAT, load_onnx, seal
 from utils_v2 import dice_score
 
 
@@ -109,8 +109,10 @@ def write_onnx(
     for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     properties = {name: json.dumps(value) for name, value in metadata.items()}
-    onnx.helper.set_model_props(model, {"format": ONNX_FORMAT, **properties})
-    write_output(path, lambda target: onnx.save(model, str(target)), overwrite)
+    properties |= {"format": ONNX_FORMAT, "file_sha256": NO_HASH}
+    onnx.helper.set_model_props(model, properties)
+    content = seal(model.SerializeToString())
+    write_output(path, lambda target: target.write_bytes(content), overwrite)
 
 
 def write_program(

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from audit.facts import check_facts, check_onnx_facts
 from audit.output import (
     Output,
     Prediction,
@@ -228,6 +229,7 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
     is_onnx = Path(path).suffix == ".onnx"
     if is_onnx:
         network, checkpoint = load_onnx(path, device)
+        check_onnx_facts(path, network, checkpoint)
         dtype = None
     else:
         network, checkpoint = load_checkpoint_network(path)
@@ -257,6 +259,7 @@ def load_checkpoint_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]
     checkpoint = load_checkpoint(Path(path))
     check_network_settings(path, checkpoint.get("config"))
     check_widths(path, checkpoint)
+    check_facts(path, checkpoint)
     network = build_network(checkpoint["config"])
     load_weights(network, checkpoint, path)
     return network.eval(), checkpoint
@@ -579,7 +582,7 @@ def report(output: Output, model: TrainedModel, rows: Sequence[Row]) -> None:
     """Write volumes.csv and log what is in it."""
     table = write_table(output, rows)
     failures = log_table(table, rows)
-    if model.checkpoint["data_kind"] == "phantom":
+    if model.checkpoint.get("data_kind") == "phantom":
         log.warning("the network was trained on synthetic phantoms; its masks of real scans mean nothing")
     log.info("masks, overlays and volumes.csv are in %s", output.folder)
     if failures:

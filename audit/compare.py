@@ -7,7 +7,6 @@ case is its own control. In place of a run there may be the scores of another to
 they are compared with the other's masks in each of its modes. What that tool has seen is not known.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pandas as pd
 
 from audit.plots import plot_comparison
 from audit.report import format_interval
+from audit.results import read_summary
 from audit.statistics import compare_paired
 from cohort.folds import is_run_of_folds, list_checkpoints
 from cohort.phantom import PHANTOM_NOTE
@@ -24,7 +24,7 @@ from runtime.command import command_line
 from runtime.errors import InputError
 from runtime.files import file_sha256, write_json
 from runtime.log import log
-from runtime.tables import read_table
+from runtime.tables import read_columns
 
 TEST_COHORTS = (
     "internal",
@@ -40,9 +40,10 @@ def read_rows(run: Path) -> pd.DataFrame:
     path = run / "evaluation" / "metrics_per_case.csv"
     if not path.is_file():
         raise InputError(path, "not there", f"audit the run first: final_evaluation_v2.py --run {run}")
-    rows = read_table(path, dtype={"case": str, "patient": str})
-    if missing := [name for name in (*KEYS, *COMPARED, "seen_in_training") if name not in rows]:
-        raise InputError(path, f"no column {missing[0]}", f"audit {run} again with this version")
+    remedy = f"audit {run} again with this version"
+    rows = read_columns(path, remedy, KEYS, (*COMPARED, "reference_ml"))
+    if "seen_in_training" not in rows:
+        raise InputError(path, "no column seen_in_training", remedy)
     rows["seen_in_training"] = rows["seen_in_training"].eq(True)  # empty where it is not known
     # a seen case of an external cohort is reported by the audit, and compared by nobody
     rows = rows[(rows["cohort"] != "external") | ~rows["seen_in_training"]]
@@ -107,8 +108,7 @@ def list_seen(run: Path) -> dict[str, set[str]]:
 
 def find_scores(run: Path) -> dict[str, Any] | None:
     """Return what the summary of scored masks says of them; None for the audit of a run."""
-    summary = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))
-    return summary.get("predictions")
+    return read_summary(run / "evaluation" / "summary.json").get("predictions")
 
 
 def headline_of(entry: dict[str, Any]) -> str:
@@ -194,7 +194,7 @@ def summarise_comparison(
     runs: Sequence[Path], rows: Sequence[pd.DataFrame], paired: pd.DataFrame, seed: int
 ) -> dict[str, Any]:
     """Return what comparison.json holds: runs and rows of A and B, and the rows of both together."""
-    summaries = [json.loads((run / "evaluation" / "summary.json").read_text()) for run in runs]
+    summaries = [read_summary(run / "evaluation" / "summary.json") for run in runs]
     is_phantom = any(summary["data_kind"] == "phantom" for summary in summaries)
     cases = [set(zip(table["cohort"], table["case"], strict=True)) for table in rows]
     return {

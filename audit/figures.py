@@ -17,7 +17,9 @@ from audit.plots import (
 )
 from audit.results import AuditResults, headline_mode
 from cohort.phantom import PHANTOM_NOTE
-from runtime.tables import read_table
+from runtime.errors import InputError
+from runtime.log import log
+from runtime.tables import read_columns
 from utils_v2 import THRESHOLDS
 
 CAPTIONS = {
@@ -43,6 +45,7 @@ FOLD_WORDS = {
     "dice_against_uncertainty.png": ("views of TTA", "views of TTA (external: over the networks)"),
     "precision_recall.png": ("threshold used", "mean of the folds' thresholds"),
 }
+CURVES = ("epoch", "train_loss", "train_dice", "learning_rate")  # columns of log.csv
 NEED_NETWORK = ("tta_gain.png", "dice_against_uncertainty.png", "precision_recall.png", "calibration.png")
 
 
@@ -58,7 +61,7 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     if summary.get("folds"):
         captions |= {name: captions[name].replace(*words) for name, words in FOLD_WORDS.items()}
     log_path = results.run / "log.csv"
-    epochs = read_table(log_path) if log_path.exists() else pd.DataFrame()
+    epochs = read_epochs(log_path)
     if len(epochs):
         plot_curves(folder / "training_curves.png", epochs, results.run.name + note)
     else:
@@ -87,6 +90,18 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
         caption = f"Best, median and worst {cohort} case by {region} Dice, with TTA."
         captions[f"cases_{cohort}.png"] = caption if mode == "tta" else without_tta(caption)
     return {caption: folder / name for name, caption in captions.items()}
+
+
+def read_epochs(path: Path) -> pd.DataFrame:
+    """Return a run's log.csv, nothing where it is missing or damaged: the audit does without curves."""
+    if not path.exists():
+        return pd.DataFrame()
+    try:
+        scores = [name for name in read_columns(path, "") if name.startswith("validation_dice_")]
+        return read_columns(path, "", numbers=(*CURVES, *scores))
+    except InputError as error:
+        log.warning("no training curves are drawn: %s", error)
+        return pd.DataFrame()
 
 
 def without_tta(caption: str) -> str:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -29,12 +29,23 @@ from runtime.files import (
     write_output,
 )
 from runtime.log import log
+from runtime.plain import parse_json
 
 FINISHED = ".drunet_cases"
 COLUMNS = ("case", "region", "volume_ml", "slices", "spacing", "mask", "mean_spread", "warnings", "error")
 FAR_ABOVE, FAR_BELOW = 1.5, 0.5  # times training's largest and smallest tumour; beyond is worth a look
 
 Row = dict[str, Any]
+
+
+class FinishedCase(TypedDict):
+    """A line of the list of finished cases."""
+
+    case: str
+    inputs: str
+    made_by: str
+    rows: list[Row]
+    sha256: str  # of the rest
 
 
 class ReadCase(NamedTuple):
@@ -182,9 +193,27 @@ def describe_inputs(case: Case) -> list[list[Any]]:
 
 def note_finished(output: Output, case: Case, inputs: list[list[Any]], rows: Sequence[Row]) -> None:
     """Add a case that is done to the list of them."""
-    line = {"case": case.case_id, "inputs": digest(inputs), "made_by": output.made_by, "rows": rows}
+    line = {"case": case.case_id, "inputs": digest(inputs), "made_by": output.made_by, "rows": list(rows)}
+    line["sha256"] = digest(line)
     refuse_input(output.folder / FINISHED)
     append_line(output.folder / FINISHED, json.dumps(line) + "\n")  # one write: several ranks may add to it
+
+
+def read_finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return {case id: its last line} of the list of finished cases; lines not as written are left out."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        lines = (folder / FINISHED).read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            entry = parse_json(line, FinishedCase)
+        except ValueError:  # the last line of a program that was killed
+            continue
+        if entry.pop("sha256") == digest(entry):
+            found[entry["case"]] = entry
+    return found
 
 
 def find_done(output: Output, cases: Sequence[Case]) -> dict[str, list[Row]]:
@@ -193,17 +222,7 @@ def find_done(output: Output, cases: Sequence[Case]) -> dict[str, list[Row]]:
     Those are of the same network, settings and input files, and all that was written of them is there as it
     was written.
     """
-    found: dict[str, Any] = {}
-    try:
-        lines = (output.folder / FINISHED).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the last line of a program that was killed
-            continue
-        found[entry["case"]] = entry
+    found = read_finished(output.folder)
     done = {}
     for case in cases:
         entry = found.get(case.case_id)

@@ -2,10 +2,27 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
+
+from runtime.files import read_json
+
+
+class _Scored(TypedDict, total=False):
+    predictions: dict[str, Any] | None
+
+
+class SummaryFile(_Scored):
+    """What is read again of a summary.json."""
+
+    data_kind: str
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return what a summary.json holds; InputError where it is missing or none."""
+    return read_json(path, "", "a folder that final_evaluation_v2.py has written", SummaryFile)
 
 
 def headline_mode(rows: pd.DataFrame) -> str:

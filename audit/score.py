@@ -7,7 +7,6 @@ the other tool was trained on is not known, and the output says so.
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from audit.figures import draw_figures
 from audit.measure import measure_case, summarise_all
 from audit.overlays import take_picture
 from audit.report import log_summary, write_report
-from audit.results import AuditResults, CasePicture
+from audit.results import AuditResults, CasePicture, read_summary
 from cohort.cases import Case, read_modality, with_reference
 from cohort.layouts import CaseSource, log_cases, scan_cases
 from cohort.phantom import is_phantom
@@ -120,7 +119,7 @@ def refuse_other_scores(folder: Path, predictions: Path) -> None:
     """Raise InputError where a folder holds an audit of other masks or of a run."""
     path = folder / "summary.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8")).get("predictions") or {}
+        before = read_summary(path).get("predictions") or {}
         if before.get("folder") != str(predictions.resolve()):
             raise InputError(folder, "holds an audit of something else", "name another folder by --output")
 

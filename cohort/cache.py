@@ -9,11 +9,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from cohort.preprocess import (
     slab_slices,
 )
 from runtime.errors import InputError
-from runtime.files import file_sha256, write_atomically, write_json
+from runtime.files import describe_error, file_sha256, write_atomically, write_json
 from runtime.log import log, progress
 from runtime.processes import map_in_processes
 from runtime.ranks import wait_for_all
@@ -50,6 +51,7 @@ _verified: set[tuple[str, int, int]] = (
 FOLDERS = ("entries", "stamps", "runs", "fingerprints")  # the last two only in caches of older versions
 # What names a case and says nothing of its pixels: a renamed copy shares the entry.
 NAMES_OF_CASE = ("case_id", "patient_id", "cohort", "aliases")
+KEY = re.compile(r"[0-9a-f]{32}")  # of an entry
 ABANDONED_S = 24 * 3600  # after which what is still under a temporary name was left by a killed process
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (first, last + 1) along D, H, W
 
@@ -151,8 +153,15 @@ def _map_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
 
     Copy-on-write, as torch takes no read-only array; nothing reaches the file.
     """
-    header_bytes = path.stat().st_size - int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.memmap(path, dtype, "c", header_bytes, shape)
+    try:
+        header_bytes = path.stat().st_size - int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.memmap(path, dtype, "c", header_bytes, shape)
+    except (OSError, ValueError) as error:  # a ValueError is of a file cut short
+        raise InputError(
+            path,
+            f"this part of the cache is gone or damaged ({describe_error(error)})",
+            "run the command again, a training with --resume: it is made again",
+        ) from error
 
 
 def _slices(box: Box) -> tuple[slice, slice, slice]:
@@ -198,8 +207,8 @@ def write_entry(
     arrays = {"volume.npy": volume[inside], "masks.npy": np.packbits(masks[inside], axis=-1)}
     brain_voxels, *region_voxels = masks.sum((2, 3)).tolist()
     temporary = folder.with_name(f".{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(temporary / name, np.ascontiguousarray(array))
         facts = {
@@ -219,6 +228,12 @@ def write_entry(
         facts["crc32"]["facts"] = facts_crc32(facts)
         write_json(temporary / "facts.json", facts)
         _move_into_place(temporary, folder)
+    except OSError as error:  # NumPy says of a full disk how much it wrote, and no error number
+        raise InputError(
+            f"--cache-dir {folder.parents[1]}",
+            f"an entry could not be written ({describe_error(error)})",
+            "free space on its disk or choose another folder",
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return facts
@@ -312,10 +327,12 @@ def find_key(case: Case, modalities: Sequence[str], regions: Sequence[str], cach
     and given its old time is not noticed.
     """
     stamp = cache_dir / "stamps" / _hash_case(case, modalities, regions, _stamp_file)
-    if stamp.is_file() and len(key := stamp.read_text(encoding="ascii")) == 32:
-        return key
+    with _explain_errors(cache_dir):
+        if stamp.is_file() and KEY.fullmatch(key := stamp.read_text(encoding="ascii", errors="replace")):
+            return key
     key = _hash_case(case, modalities, regions, file_sha256)
-    write_atomically(stamp, lambda temporary: temporary.write_text(key, encoding="ascii"))
+    with _explain_errors(cache_dir):
+        write_atomically(stamp, lambda temporary: temporary.write_text(key, encoding="ascii"))
     return key
 
 
@@ -399,13 +416,30 @@ def build_entry(
     return write_entry(folder, volume.astype(np.float16), masks, loaded.spacing_mm, content, notes)
 
 
+@contextlib.contextmanager
+def _explain_errors(cache_dir: Path) -> Iterator[None]:
+    """Turn an error of the file system into one that names --cache-dir."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--cache-dir {cache_dir}",
+            f"cannot be used as a cache ({describe_error(error)}: {error.filename})",
+            "free space on its disk or choose another folder",
+        ) from error
+
+
 def open_cache(cache_dir: Path) -> None:
-    """Make the cache's folders and its tag where missing, and remove what killed processes left."""
-    for name in ("entries", "stamps"):
-        (cache_dir / name).mkdir(parents=True, exist_ok=True)
+    """Make the cache's folders and its tag where missing, and remove what killed processes left.
+
+    Raises InputError where the folder cannot be used, as where it is a file.
+    """
     tag = cache_dir / "CACHEDIR.TAG"  # by which backup programs know a cache, and `clear_cache` ours
-    if not tag.is_file():
-        write_atomically(tag, lambda temporary: temporary.write_text(CACHE_TAG, encoding="ascii"))
+    with _explain_errors(cache_dir):
+        for name in ("entries", "stamps"):
+            (cache_dir / name).mkdir(parents=True, exist_ok=True)
+        if not tag.is_file():
+            write_atomically(tag, lambda temporary: temporary.write_text(CACHE_TAG, encoding="ascii"))
     for path in (cache_dir / "entries").glob(".*"):
         with contextlib.suppress(FileNotFoundError):  # renamed meanwhile by the process that writes it
             if time.time() - path.stat().st_mtime > ABANDONED_S:

@@ -9,7 +9,6 @@ benchmarks/leakage.py measures what is found and what is found by mistake.
 """
 
 import base64
-import csv
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from cohort.patients import names_one_patient
 from cohort.verify import SAME_VOLUME, TURNS, compare_volumes
 from runtime.errors import InputError
 from runtime.log import log
-from runtime.tables import unguard_cell
+from runtime.tables import parse_csv
 
 ALIKE = 0.85  # cosine from which two thumbnails are compared by their volumes; see benchmarks/README.md
 MOST_CANDIDATES = 5  # per case, the most alike first
@@ -326,10 +325,9 @@ def read_different(path: str | Path | None) -> Pairs:
         return frozenset()
     place = f"--different {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        rows = parse_csv(Path(path).read_bytes(), place)
+    except OSError as error:
         raise InputError(place, "not a readable file", "give a CSV file with two case ids a row") from error
-    rows = [[unguard_cell(cell.strip()) for cell in row] for row in csv.reader(text.splitlines())]
     pairs = []
     for number, row in enumerate(rows, 1):
         if not any(row) or (number == 1 and row[0].lower().startswith("case")):

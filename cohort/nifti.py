@@ -17,6 +17,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from cohort.limits import SPACING_RANGE_MM, check_unpacked, check_voxels
 from runtime.errors import InputError
@@ -29,6 +30,7 @@ SHEAR_TOLERANCE = 0.001  # share of a voxel's volume that shear takes and nobody
 NIFTI_ERRORS = (
     nib.filebasedimages.ImageFileError,
     HeaderDataError,
+    WrapStructError,
     EOFError,
     zlib.error,
     OSError,

@@ -4,9 +4,7 @@ A row of a sheet lists the names one scan has had over the years. Names in one r
 same patient, are joined; whatever is joined is one patient.
 """
 
-import csv
 import dataclasses
-import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,7 +14,7 @@ from cohort.cases import Case
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.log import log
-from runtime.tables import unguard_cell
+from runtime.tables import parse_csv
 
 # What ids look like that no two patients share, in whatever cohort; the group is the patient. Sheets write
 # TCGA ids with hyphens, slices with underscores; what follows is a date or the sample, in any form.
@@ -165,21 +163,17 @@ def find_sheets(folders: Iterable[Path]) -> list[Path]:
 def read_sheet(path: Path) -> list[list[str]]:
     """Return the rows of a CSV file, header included, cells stripped, whatever its separator and encoding.
 
-    Raises InputError where it is missing or an Excel file.
+    Raises InputError where it is missing, an Excel file, or no CSV.
     """
     if not path.is_file():
         raise InputError(f"--mapping {path}", "no such file", "give the sheet as CSV")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(path, f"not readable ({error.strerror})", "fetch it again") from error
     if content[:2] == b"PK" or path.suffix.lower() in (".xls", ".xlsx"):
         raise InputError(f"--mapping {path}", "an Excel file", "export its sheet to CSV and give that")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    first = text.partition("\n")[0]
-    separator = max(",;\t", key=first.count)
-    rows = csv.reader(io.StringIO(text), delimiter=separator)
-    return [[unguard_cell(cell.strip()) for cell in row] for row in rows]
+    return parse_csv(content, f"mapping sheet {path}", ",;\t")
 
 
 def join_rows(rows: Sequence[Sequence[str]], case_ids: Iterable[str], sheet: str = "") -> list[list[str]]:

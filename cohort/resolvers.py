@@ -4,17 +4,19 @@ LAYOUTS lists them; `cohort/layouts.py` walks the folders and decides between th
 """
 
 import itertools
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypedDict
 
 from cohort.cases import MODALITIES
 from cohort.labels import convention_of_names
 from cohort.pictures import is_stack
+from runtime.command import Range
 from runtime.errors import InputError
+from runtime.files import describe_error, read_json
+from runtime.plain import find_misfit
 
 MSD_ORDER = ("flair", "t1", "t1ce", "t2")  # dataset.json of Task01: FLAIR, T1w, t1gd, T2w
 # How files end, in any case of letters: the modality, or "seg" for the mask.
@@ -36,6 +38,17 @@ NEW_IDS = (
 )
 BIDS_IDS = r"sub-[^_]+(?:_[a-zA-Z]+-[^_]+)*"
 FOREIGN_IDS = rf"(?i:brats1[5-9])_|BraTS20_|{NEW_IDS}|UPENN-GBM-|UCSF-PDGM-|{BIDS_IDS}$"
+
+
+LabelValue = Annotated[int, Range(0, 255)]
+
+
+class NnunetFile(TypedDict, total=False):
+    """What is read of a dataset.json; the first version has `modality`, and labels by value."""
+
+    channel_names: dict[str, str]
+    modality: dict[str, str]
+    labels: dict[str, int | str | list[int]]
 
 
 class Found(NamedTuple):
@@ -146,7 +159,8 @@ def _mask_beside(folder: Path, case_id: str) -> tuple[Path, ...]:
 def resolve_nnunet(folder: Path, names: Sequence[str]) -> list[Found]:
     """nnU-Net raw: `imagesTr/<case>_0000.nii.gz`, `labelsTr/<case>.nii.gz`; dataset.json names all.
 
-    Channels that are no MRI sequence of ours are left out. Without a readable dataset.json nothing is found.
+    Channels that are no MRI sequence of ours are left out. Without a dataset.json, or with one of another
+    program, nothing is found. Raises InputError where it cannot be read.
     """
     channels: dict[str, dict[int, Path]] = defaultdict(dict)
     for name in names:
@@ -155,16 +169,26 @@ def resolve_nnunet(folder: Path, names: Sequence[str]) -> list[Found]:
     path = folder.parent / "dataset.json"
     if not folder.name.startswith("images") or not channels or not path.is_file():
         return []
+    facts = read_json(path, "", "nnU-Net's dataset.json", NnunetFile)
+    named = facts.get("channel_names") or facts.get("modality")
+    labels = facts.get("labels")
+    if named is None or labels is None:
+        return []  # of another program
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        named = facts.get("channel_names") or facts["modality"]
         modality_of = {int(number): modality_named(name) for number, name in named.items()}
-        labels = facts["labels"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return []
-    if all(str(key).isdigit() for key in labels):  # the first version: {"0": "background", ...}
-        labels = {name: int(value) for value, name in labels.items()}
-    convention = convention_of_names(labels, path)
+        if all(str(key).isdigit() for key in labels):  # the first version: {"0": "background", ...}
+            labels = {str(name): int(value) for value, name in labels.items()}
+        if misfit := find_misfit(labels, dict[str, LabelValue | list[LabelValue]], "labels"):
+            raise ValueError(misfit)
+        convention = convention_of_names(labels, path)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            path, f"its channels or labels cannot be read ({describe_error(error)})", "correct it"
+        ) from error
+    if not set(modality_of.values()) & set(MODALITIES):
+        raise InputError(path, f"names no channel of {', '.join(MODALITIES)}", "correct it or move it away")
     return [
         Found(
             case_id,

@@ -22,7 +22,7 @@ from runtime.command import CountOrZero, FoldCount, Positive
 from runtime.errors import InputError
 from runtime.files import write_json
 from runtime.log import log
-from runtime.tables import read_table, write_table
+from runtime.tables import read_columns, write_table
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def hold_out(source: TrainingSource, cases: Sequence[Case], folder: Path, resume
             leakage.read_different(source.different),
         )
         write_table(path, left_out)
-    left_out = read_table(path, dtype={"case": str, "patient": str})
+    left_out = read_columns(path, "start the run again", ("case", "patient", "evidence", "known_as"))
     counts = ", ".join(f"{count} by {name}" for name, count in left_out["evidence"].value_counts().items())
     log.info(
         "%d cases of %d patients are in %s and left out of the run%s; the list is in %s",

@@ -4,18 +4,28 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from cohort.cases import Case
 from runtime.errors import InputError
+from runtime.files import read_json
 
 # ------------------------------------------------------------------------------------------------------------
 # Split
 # ------------------------------------------------------------------------------------------------------------
 
 SPLIT_PARTS = ("train", "validation", "test")
+
+
+class SplitFile(TypedDict):
+    """What a split file holds at least."""
+
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+    sha256: str
 
 
 def split_cases(
@@ -91,18 +101,16 @@ def read_split(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(path, "no such split file", "give the split.json of a run")
-    try:
-        split = json.loads(path.read_text())
-        intact = split["sha256"] == split_sha256(split)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(path, f"not a split file ({error})", "give the split.json of a run") from error
-    if not intact:
+    split = read_json(path, "", "the split.json of a run", SplitFile)
+    if split["sha256"] != split_sha256(split):
         raise InputError(
             path, "the case ids do not match their SHA-256", "the split was altered, take the original"
         )
     ids = [case_id for part in SPLIT_PARTS for case_id in split[part]]
     if len(ids) != len(set(ids)):
         raise InputError(path, "a case is in more than one part of the split")
+    if empty := [part for part in SPLIT_PARTS if not split[part]]:
+        raise InputError(path, f"its {empty[0]} part has no case", "draw a new split")
     return split
 
 

@@ -54,7 +54,10 @@ class Range:
 
     def holds(self, value: float) -> bool:
         """Return whether a value is in the range."""
-        if not math.isfinite(value):
+        try:
+            if not math.isfinite(value):
+                return False
+        except OverflowError:  # a whole number beyond floats
             return False
         over = value > self.low if self.above else value >= self.low
         return over and (value < self.high if self.below else value <= self.high)

@@ -11,6 +11,9 @@ from runtime.errors import InputError
 # What torch says in a RuntimeError, whatever its type; see torch/utils/data/_utils and c10.
 NO_SHARED_MEMORY = re.compile(r"bus error|shared memory|/torch_\d|\(shm\)", re.IGNORECASE)
 DEAD_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", re.DOTALL)
+INPUT_OF_WORKER = re.compile(
+    r"Caught InputError in DataLoader worker.*runtime\.errors\.InputError: (.+?)\.?\s*$", re.DOTALL
+)
 NO_CARD_MEMORY = re.compile(
     r"out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|unable to find a valid cuDNN algorithm", re.IGNORECASE
 )
@@ -32,6 +35,8 @@ def explain_exhausted(error: BaseException, flags: Collection[str]) -> InputErro
     kinds = RuntimeError | MemoryError | OSError | cv2.error
     if isinstance(error, InputError) or not isinstance(error, kinds):
         return None
+    if match := INPUT_OF_WORKER.search(str(error)):  # torch raises the text of it alone, in a RuntimeError
+        return InputError("a loader worker", " ".join(match[1].split()))
     text = f"{error} {getattr(error, 'filename', None) or ''}"
     has_workers = "workers" in flags
     smaller = "pass a smaller --batch-size" if "batch_size" in flags else "close other programs"

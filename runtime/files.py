@@ -17,7 +17,9 @@ from typing import Any
 
 from runtime.errors import InputError
 from runtime.log import log
+from runtime.plain import parse_json
 
+MOST_JSON_BYTES = 64 << 20  # a split of a hundred thousand cases has 5 MB
 WRITTEN = ".drunet_written"  # in each folder of outputs: what this program wrote there
 TEMPORARY = ".drunet_temporary_"  # begins the names of files that are being written
 _inputs: set[str] = set()  # real paths of the files of cases, in this process
@@ -48,6 +50,13 @@ def refuse_input(path: Path) -> None:
         )
 
 
+def refuse_below_file(path: Path) -> None:
+    """Raise InputError where a folder that a path lies in, or will lie in, is a file."""
+    nearest = next((parent for parent in path.parents if os.path.lexists(parent)), None)
+    if nearest is not None and not nearest.is_dir():
+        raise InputError(nearest, "is a file, and a folder is needed there", "choose another folder")
+
+
 def write_atomically(
     path: Path, write: Callable[[Path], None], before_move: Callable[[], None] | None = None
 ) -> None:
@@ -58,6 +67,7 @@ def write_atomically(
     a file of the cases read (`protect_inputs`).
     """
     refuse_input(path)
+    refuse_below_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(
         f"{TEMPORARY}{os.getpid()}_{path.name}"
@@ -108,7 +118,11 @@ def read_written(folder: Path) -> dict[str, set[str]]:
 @functools.lru_cache(maxsize=64)
 def _parse_written(path: Path, _mtime_ns: int, _size: int) -> dict[str, set[str]]:
     written: dict[str, set[str]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(path, f"not readable ({error.strerror})", "choose another --output") from error
+    for line in text.splitlines():
         digest, separator, name = line.partition("  ")
         if separator:
             written.setdefault(name, set()).add(digest)
@@ -127,6 +141,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
     With `overwrite` files of others are replaced, inputs are not.
     """
     refuse_input(path)
+    refuse_below_file(path)
     if os.path.lexists(path) and not overwrite and not is_written_by_us(path):
         raise InputError(
             path,
@@ -154,6 +169,7 @@ def check_output_folder(folder: Path, overwrite: bool = False) -> None:
 
     For commands that write many files of fixed names, such as the audit.
     """
+    refuse_below_file(folder / WRITTEN)
     held = folder.iterdir() if folder.is_dir() else [folder]
     is_new = not folder.exists() or all(path.name.startswith(".drunet_") for path in held)
     if not is_new and not overwrite and not (folder / WRITTEN).is_file():
@@ -198,15 +214,26 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path, flag: str, what: str) -> dict[str, Any]:
-    """Return the object in a JSON file; InputError naming the flag and what to give where there is none."""
+def read_json(path: Path, flag: str, what: str, kind: Any = dict[str, Any]) -> Any:
+    """Return the content of a JSON file, of a type as `find_misfit` takes it.
+
+    Raises InputError, naming the flag, if any, and what to give, where it is missing or of another type.
+    """
+    place = f"{flag} {path}".strip()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise InputError(place, f"larger than {MOST_JSON_BYTES >> 20} MiB", f"give {what}")
+        return parse_json(path.read_text(encoding="utf-8"), kind)
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {path}", f"not readable ({error})", f"give {what}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{flag} {path}", "holds no settings", f"give {what}")
-    return content
+        if isinstance(error, InputError):
+            raise
+        raise InputError(place, f"not readable ({describe_error(error)})", f"give {what}") from error
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error's text on one line, of an OSError without the path, which the message names."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_other_shares_are_kept():
 
 
 def test_slices_that_no_share_allows_are_an_error():
-    with pytest.raises(ValueError, match="empty_share"):
+    with pytest.raises(ValueError, match="--empty-share"):
         balance_slices(table_of_kinds(["empty", "empty"]), tumour_share=0.5, empty_share=0.0)
 
 

@@ -359,7 +359,7 @@ def test_a_damaged_entry_is_made_anew(case, cache, decoded, name, how):
 
 
 @pytest.mark.parametrize("failing", ["volume.npy", "masks.npy"])
-def test_a_write_that_fails_leaves_no_entry(case, cache, monkeypatch, failing):
+def test_a_write_that_fails_leaves_no_entry(case, cache, monkeypatch, failing, input_error):
     save = np.save
 
     def fail(path: Path, *arguments: object) -> None:
@@ -369,7 +369,7 @@ def test_a_write_that_fails_leaves_no_entry(case, cache, monkeypatch, failing):
 
     with monkeypatch.context() as patched:
         patched.setattr(np, "save", fail)
-        with pytest.raises(OSError, match="No space"):
+        with input_error(f"--cache-dir {cache}", "No space left", "free space"):
             prepare(case, cache)
     assert entries(cache) == set()
     assert prepare(case, cache).volume.shape == (1, 8, 40, 40)

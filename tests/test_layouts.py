@@ -225,7 +225,8 @@ def test_what_else_lies_in_a_download_does_not_disturb(tmp_path, write_nifti):
     shutil.copy(tmp_path / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "imagesTs" / "BRATS_485.nii.gz")
     shutil.copy(tmp_path / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "imagesTr" / "._BRATS_001.nii.gz")
     write_nifti(tmp_path / "imagesTr" / "BRATS_003_0000.nii.gz", VOLUMES["t1"].astype(np.int16))
-    for name in ("dataset.json", "name_mapping.csv", "survival_info.csv", "BraTS21-17_Mapping.csv"):
+    (tmp_path / "dataset.json").write_text('{"name": "of another program"}')
+    for name in ("name_mapping.csv", "survival_info.csv", "BraTS21-17_Mapping.csv"):
         (tmp_path / name).write_text("a,b\n1,2\n")
     cases = find_cases(CaseSource(tmp_path))
     assert [(case.case_id, bool(case.mask)) for case in cases] == [
