@@ -5,18 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
+from audit.page import write_page
 from audit.postprocess import describe_postprocessing
 from audit.results import AuditResults, headline_mode
 from audit.statistics import format_spread
 from cohort.leakage import EVIDENCE, NOTES
 from cohort.phantom import PHANTOM_NOTE
-from runtime.files import write_atomically
 from runtime.log import log
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
 MODE_NAMES = {"plain": "plain", "tta": "TTA"}
 PROVENANCE = ("command", "checkpoint_sha256", "split_sha256", "hardware", "versions")
 WORST_CASES = 3  # per cohort and region
@@ -278,10 +276,9 @@ def log_summary(summary: Mapping[str, Any]) -> None:
 def write_report(path: Path, results: AuditResults, figures: Mapping[str, Path]) -> None:
     """Write one HTML file that needs no other; `figures` are {caption: PNG} in the order shown."""
     summary = results.summary
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    write_page(
+        path,
+        "report.html.j2",
         run=results.run.name,
         warnings=list_warnings(summary),
         choices=describe_choices(summary),
@@ -299,4 +296,3 @@ def write_report(path: Path, results: AuditResults, figures: Mapping[str, Path])
         provenance={name: summary[name] for name in PROVENANCE if summary[name] is not None},
         scored=summary.get("predictions"),
     )
-    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))

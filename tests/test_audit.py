@@ -255,7 +255,7 @@ def test_report_shows_ids_whole_and_as_text(tmp_path: Path) -> None:
     assert names == [name for name in CAPTIONS if name != "training_curves.png"] + ["cases_internal.png"]
     write_report(tmp_path / "report.html", results, figures)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert f"<td>&lt;b&gt;{'x' * 80}&amp;&lt;/b&gt;</td>" in text
+    assert f">&lt;b&gt;{'x' * 80}&amp;&lt;/b&gt;</td>" in text
     assert "<title>Audit of &lt;i&gt;run</title>" in text
     assert "<b>" not in text
     assert "<i>" not in text
@@ -269,14 +269,13 @@ def test_report_lists_what_leaked(tmp_path: Path) -> None:
     results = dataclasses.replace(make_results(tmp_path, "half"), leakage=leakage)
     write_report(tmp_path / "report.html", results, {})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<td>content</td>" in text
+    assert ">content</td>" in text
     assert "No tested case was found in training" not in text
 
 
 def test_report_with_a_gap_in_its_template_is_not_written(tmp_path: Path, monkeypatch) -> None:
-    template = tmp_path / "report.html.j2"
-    template.write_text("{{ run }} {{ not_there }}")
-    monkeypatch.setattr("audit.report.TEMPLATE", template)
+    (tmp_path / "report.html.j2").write_text("{{ run }} {{ not_there }}")
+    monkeypatch.setattr("audit.page.TEMPLATES", tmp_path)
     with pytest.raises(jinja2.UndefinedError, match="not_there"):
         write_report(tmp_path / "report.html", make_results(tmp_path, "half"), {})
     assert not (tmp_path / "report.html").exists()
