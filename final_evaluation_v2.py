@@ -28,6 +28,7 @@ from audit.compare import compare_runs
 from audit.figures import draw_figures
 from audit.measure import mean_uncertainty, measure_case, summarise_all
 from audit.overlays import take_picture
+from audit.pages import write_run_pages
 from audit.postprocess import postprocess, settings_of, threshold_regions
 from audit.report import log_summary, write_report
 from audit.results import AuditResults, CasePicture
@@ -206,6 +207,7 @@ def main(config: EvaluationConfig) -> None:
     results = AuditResults(run, summary, rows, leakage, counts, pictures)
     write_report(folder / "report.html", results, draw_figures(results, folder))
     log.info("report: %s", folder / "report.html")
+    write_run_pages(run)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 import dataset_balance_v2 as dataset
 import inference_v2 as inference
 import model_drunet_v2 as model
-from audit import overlays, plots, postprocess
+from audit import overlays, pages, plots, postprocess
 from cohort import cache, initial, phantom, selection
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
@@ -541,6 +541,8 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
             "--slabs-per-epoch", f"{draws} slabs do not fill one step", "lower --batch-size or --accumulate"
         )
     weights = dataset.balance_slices(table, config.tumour_share, config.empty_share)
+    if ranks.is_main():
+        files.write_atomically(run.folder / "balance.csv", dataset.balance_shares(table, weights).to_csv)
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
     slabs = dataset.SlabDataset(cases, table, config.context, config.size)
     return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
@@ -559,6 +561,7 @@ def open_run(
     chosen = ranks.from_main(chosen)
     if ranks.is_main():
         made = {"command": command.command_line(), "ranks": ranks.world_size()}
+        made |= {"split_patients": chosen.count_patients()}
         made |= {"hardware": machine.describe_machine(device), "versions": machine.describe_versions()}
         files.write_json(folder / "config.json", {**command.to_plain(config), **chosen.facts, **made})
     return Run(config, folder, device, dtype, chosen.facts), chosen
@@ -646,6 +649,7 @@ def main(config: TrainConfig) -> None:
     )
     if ranks.is_main():
         add_postprocessing(run, cases["validation"])
+        pages.write_run_pages(run.folder)
     log.info(f"audit it: python final_evaluation_v2.py --run {run.folder}")
 
 
