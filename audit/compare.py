@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from audit.comparison_page import write_comparison_page
+from audit.pages import attempt, write_index
 from audit.plots import plot_comparison
 from audit.statistics import compare_paired, format_spread
 from cohort.phantom import PHANTOM_NOTE
@@ -214,7 +216,7 @@ def note_of_modes(comparison: dict[str, Any]) -> str:
 
 
 def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
-    """Compare two audited runs over their common test cases; log, write comparison.json and .png.
+    """Compare two audited runs over their common test cases; log, write page, numbers and plot.
 
     `output` is the folder to write to, None for comparison_A_B beside the first run.
     """
@@ -233,4 +235,7 @@ def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
     note += f" ({PHANTOM_NOTE})" if comparison["data_kind"] == "phantom" else ""
     plot_comparison(folder / "comparison.png", paired, comparison["cohorts"], (first.name, second.name), note)
     log_comparison(comparison)
-    log.info("comparison.json and comparison.png are in %s", folder)
+    page, table = folder / "comparison.html", tabulate_comparison(comparison["cohorts"])
+    attempt(page, lambda: write_comparison_page(page, comparison, paired, table))
+    log.info("comparison.html, comparison.json and comparison.png are in %s", folder)
+    write_index(first.parent)

@@ -33,7 +33,7 @@ def make_card(run: RunFacts) -> str:
     """Return the text of a run's model card; without an audit it has no numbers."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=False,  # noqa: S701, Markdown, whose escape is the filter
+        autoescape=False,  # Markdown, whose escape is the filter "code"
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -20,7 +20,7 @@ import pandas as pd
 from audit.model_card import make_card
 from audit.page import write_page
 from audit.runs import RunFacts, find_runs, read_run
-from audit.statistics import format_spread
+from audit.statistics import LEAST_PATIENTS, format_spread
 from runtime.files import file_sha256, is_written_by_us, write_output
 from runtime.log import log
 
@@ -30,7 +30,16 @@ SHOWN_SETTINGS = (
     "data_dir", "modalities", "regions", "context", "size", "widths", "epochs", "max_minutes", "batch_size",
     "learning_rate", "seed", "device",
 )  # fmt: skip
-NO_SETTINGS = ("command", "hardware", "versions", "held_out", "skipped", "declared_different", "split_patients")
+# shown elsewhere, and ids of cases, which no page names
+NO_SETTINGS = (
+    "split_patients",
+    "command",
+    "hardware",
+    "versions",
+    "held_out",
+    "skipped",
+    "declared_different",
+)
 
 
 def write_run_pages(folder: Path) -> None:
@@ -199,9 +208,15 @@ def read_comparison(path: Path) -> dict[str, Any]:
     try:
         comparison = json.loads(path.read_text(encoding="utf-8"))
         entry["a"], entry["b"] = Path(comparison["run_a"]).name, Path(comparison["run_b"]).name
+        audits = [Path(comparison[f"run_{name}"]) / "evaluation" / "metrics_per_case.csv" for name in "ab"]
+        hashes = [file_sha256(audit) if audit.is_file() else None for audit in audits]
+        if None not in hashes and hashes != comparison["metrics_sha256"]:
+            entry["problem"] = "of earlier audits, compare again"
         for cohort, regions in comparison["cohorts"].items():
             for region, modes in regions.items():
                 difference = dict(modes["tta" if "tta" in modes else "plain"]["dice"]["difference"])
+                if modes["n_patients"] < LEAST_PATIENTS:  # earlier versions wrote an interval
+                    difference["ci95"] = None
                 entry["differences"].append(
                     {
                         "place": f"{cohort} {region}",
