@@ -15,8 +15,7 @@ from typing import Any
 import pandas as pd
 
 from audit.plots import plot_comparison
-from audit.report import format_interval
-from audit.statistics import compare_paired
+from audit.statistics import compare_paired, format_spread
 from cohort.phantom import PHANTOM_NOTE
 from runtime.checkpoints import load_checkpoint
 from runtime.command import command_line
@@ -165,7 +164,7 @@ def tabulate_comparison(cohorts: dict[str, Any]) -> pd.DataFrame:
                         "A": f"{means['mean_a']:.4f}",
                         "B": f"{means['mean_b']:.4f}",
                         "A - B": f"{difference['mean']:+.4f}",
-                        "95 % CI": format_interval(difference["ci95"], "{:+.4f}"),
+                        "95 % CI": format_spread(difference, "{:+.4f}"),
                         "sign-flip p": f"{difference['p_sign_flip']:.3g}",
                         "cases / patients": f"{entry['n_cases']} / {entry['n_patients']}",
                     }

@@ -22,7 +22,7 @@ from utils_v2 import THRESHOLDS
 CAPTIONS = {
     "training_curves.png": "Training: loss, Dice and learning rate over epochs.",
     "dice_per_case.png": "Dice of each test case, sorted, with TTA; the band is the bootstrap 95 % interval "
-    "of the mean.",
+    "of the mean (none is stated of fewer than six patients).",
     "dice_against_volume.png": "Dice against the tumour volume of the reference, with TTA.",
     "volume_bland_altman.png": "Volume error: prediction minus reference against their mean, with TTA; lines "
     "at the mean and the limits of agreement (mean and 1.96 SD over cases).",

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from audit.results import headline_mode
+from audit.statistics import format_spread
 from runtime.files import write_atomically
 
 mpl.use("Agg")  # files only: a terminal without a display is the usual place
@@ -110,7 +111,7 @@ def _panels(
 
 
 def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
-    """Draw the Dice of each case with TTA, sorted, with the mean and its bootstrap 95 % interval."""
+    """Draw the Dice of each case with TTA, sorted, with the mean and its bootstrap 95 % interval, if any."""
     mode = headline_mode(rows)
     figure, panels = _panels(rows, 5.2, 3.4)
     for (cohort, region), axes in panels.items():
@@ -121,6 +122,8 @@ def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str)
         if summary["ci95"]:
             label = "95 % interval of the mean"
             axes.axhspan(*summary["ci95"], color=colour, alpha=0.15, linewidth=0, label=label)
+        else:
+            axes.plot([], [], " ", label=format_spread(summary, "{:.3f}"))
         axes.axhline(summary["mean"], color=colour, linewidth=1.2, label=f"mean {summary['mean']:.3f}")
         axes.axhline(
             summary["median"],
@@ -242,7 +245,7 @@ def plot_precision_recall(
 
 
 def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
-    """Draw Dice with TTA minus Dice without per case, sorted, with the mean and its 95 % interval."""
+    """Draw Dice with TTA minus Dice without per case, sorted, with the mean and its 95 % interval, if any."""
     figure, panels = _panels(rows, 5.2, 3.2)
     for (cohort, region), axes in panels.items():
         chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region)].pivot(
@@ -258,7 +261,7 @@ def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> N
         title = f"{cohort}: mean {summary['mean']:+.4f}"
         if summary["ci95"]:
             axes.axhspan(*summary["ci95"], color=COHORT_COLOURS[cohort], alpha=0.18, linewidth=0, zorder=0)
-            title += ", 95 % interval {:+.4f} to {:+.4f}".format(*summary["ci95"])
+        title += ", " + format_spread(summary, "{:+.4f}", "95 % interval ")
         axes.set_title(title, fontsize=10)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         axes.set_xlim(0.4, len(gain) + 0.6)
@@ -281,6 +284,8 @@ def plot_bland_altman(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) 
         axes.axhline(error["mean"], color=colour, linewidth=1.4, label=f"mean {error['mean']:+.1f} ml")
         if error["ci95"]:
             axes.axhspan(*error["ci95"], color=colour, alpha=0.15, linewidth=0, label="95 % interval of it")
+        else:
+            axes.plot([], [], " ", label=format_spread(error, "{:+.1f} ml"))
         if limits := error["limits_of_agreement"]:
             label = "limits of agreement {:+.1f} and {:+.1f} ml".format(*limits)
             for edge in limits:
@@ -370,9 +375,8 @@ def plot_comparison(
         axes.set_xlabel(f"{region} Dice, B: {names[1]}")
         axes.set_ylabel(f"{region} Dice, A: {names[0]}")
         title = f"{cohort}, n = {len(chosen)}: A - B {difference['mean']:+.4f}"
-        if difference["ci95"]:
-            title += "\n95 % interval {:+.4f} to {:+.4f}".format(*difference["ci95"])
-            title += f", sign-flip p {difference['p_sign_flip']:.3g}"
+        title += "\n" + format_spread(difference, "{:+.4f}", "95 % interval ")
+        title += f", sign-flip p {difference['p_sign_flip']:.3g}"
         axes.set_title(title, fontsize=10)
         tidy(axes)
         axes.grid(axis="x", color="#e6e9ec", linewidth=0.8)

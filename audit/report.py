@@ -10,6 +10,7 @@ import pandas as pd
 from audit.page import write_page
 from audit.postprocess import describe_postprocessing
 from audit.results import AuditResults, headline_mode
+from audit.statistics import format_spread
 from cohort.leakage import EVIDENCE, NOTES
 from cohort.phantom import PHANTOM_NOTE
 from runtime.log import log
@@ -29,9 +30,9 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def format_interval(edges: Sequence[float] | None, style: str, missing: str = "none (one patient)") -> str:
-    """Return both edges in a format style."""
-    return missing if edges is None else " to ".join(style.format(edge) for edge in edges)
+def format_interval(edges: Sequence[float] | None, style: str) -> str:
+    """Return both edges in a format style; "-" for None."""
+    return "-" if edges is None else " to ".join(style.format(edge) for edge in edges)
 
 
 def _lesions(scores: Mapping[str, Any]) -> str:
@@ -70,7 +71,7 @@ def tabulate_scores(summary: Mapping[str, Any]) -> pd.DataFrame:
                     "mode": name,
                     "cases / patients": f"{scores['n_cases']} / {scores['n_patients']}",
                     "Dice per case": format_number(dice["mean"]),
-                    "95 % CI": format_interval(dice["ci95"], "{:.3f}"),
+                    "95 % CI": format_spread(dice, "{:.3f}"),
                     "SD": format_number(dice["sd"]),
                     "median": format_number(dice["median"]),
                     **ratios,
@@ -95,7 +96,7 @@ def tabulate_gains(summary: Mapping[str, Any]) -> pd.DataFrame:
                         **place,
                         "effect of": name,
                         "change of Dice per case": f"{gain['mean']:+.4f}",
-                        "95 % CI": format_interval(gain["ci95"], "{:+.4f}"),
+                        "95 % CI": format_spread(gain, "{:+.4f}"),
                         "sign-flip p": f"{gain['p_sign_flip']:.3g}",
                         "cases": str(gain["n"]),
                     }
@@ -114,12 +115,12 @@ def tabulate_lesions(summary: Mapping[str, Any]) -> pd.DataFrame:
                     **place,
                     "mode": name,
                     "lesion Dice": format_number(scores["lesion_dice"]["mean"]),
-                    "95 % CI": format_interval(scores["lesion_dice"]["ci95"], "{:.3f}"),
+                    "95 % CI": format_spread(scores["lesion_dice"], "{:.3f}"),
                     "lesion HD95 mm": format_number(scores["lesion_hd95_mm"]["mean"], 1),
                     "lesions found / missed / false": _lesions(scores),
                     "volume error ml": f"{error['mean']:+.2f}",
                     "SD": format_number(error["sd"], 2),
-                    "limits of agreement": format_interval(error["limits_of_agreement"], "{:+.2f}", "-"),
+                    "limits of agreement": format_interval(error["limits_of_agreement"], "{:+.2f}"),
                 }
             )
     return pd.DataFrame(rows)

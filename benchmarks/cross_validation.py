@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from audit.measure import summarise_cohort
+from audit.statistics import format_spread
 from benchmarks.common import print_table, write_result
 from cohort.cases import Case, with_reference
 from cohort.layouts import find_cases
@@ -192,7 +193,7 @@ def make_table(summary: dict[str, Any], by_fold: Sequence[pd.DataFrame]) -> list
             dice = found["dice"]
             row = {"region": region, "mode": mode, "cases": found["n_cases"], "patients": found["n_patients"]}
             row |= {name: dice[name] for name in ("mean", "sd", "median")}
-            row |= {"ci95": "{:.3f} to {:.3f}".format(*dice["ci95"])}
+            row |= {"ci95": format_spread(dice, "{:.3f}")}
             for fold, rows in enumerate(by_fold):
                 row[f"fold {fold}"] = rows[(rows["region"] == region) & (rows["mode"] == mode)]["dice"].mean()
             table.append(row)

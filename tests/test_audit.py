@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
+from audit import plots
 from audit.figures import CAPTIONS, draw_figures, rank_cases
 from audit.measure import count_overlap_per_slice, measure_case, summarise_all
 from audit.overlays import REFERENCE_COLOUR, grey_window, plot_batch, take_picture
 from audit.postprocess import threshold_regions
 from audit.report import list_warnings, tabulate_gains, tabulate_scores, write_report
 from audit.results import AuditResults
-from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
+from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise, summarise_calibration
 from utils_v2 import THRESHOLDS, Overlap, overlap_at_thresholds
 
 SPACING_MM = (2.0, 1.0, 1.0)
@@ -200,11 +201,39 @@ def test_tables_hold_the_numbers_of_the_summary() -> None:
     # Dice 2/3 of the half and 1 of the exact one; plain is the half twice
     assert scores.loc[("internal", "TTA"), "Dice per case"] == "0.833"
     assert scores.loc[("internal", "plain"), "Dice per case"] == "0.667"
-    assert scores.loc[("internal", "TTA"), "95 % CI"] == "0.667 to 1.000"
+    assert scores.loc[("internal", "TTA"), "95 % CI"] == "range 0.667 to 1.000, n = 2"
     assert scores.loc[("internal", "TTA"), "cases / patients"] == "2 / 2"
     gains = tabulate_gains(summary)
     assert gains["effect of"].tolist() == ["TTA", "TTA"]
     assert gains["change of Dice per case"].tolist() == ["+0.1667", "+0.1667"]
+
+
+def test_plots_of_few_patients_say_range_and_n_and_draw_no_interval(tmp_path: Path, monkeypatch) -> None:
+    results = make_results(Path("run"), "half")
+    rows = results.rows[results.rows["cohort"] == "internal"]
+    cohorts = results.summary["cohorts"]
+    paired = rows.rename(columns={"dice": "dice_a"}).assign(dice_b=0.5)
+    difference = summarise(paired["dice_a"] - 0.5, ["a", "b", "a", "b"]) | {"p_sign_flip": 1.0}
+    compared = {"internal": {"WT": {"tta": {"dice": {"difference": difference}}}}}
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, _: drawn.append(figure))
+    plots.plot_dice_per_case(tmp_path, rows, cohorts, "")
+    plots.plot_tta_gain(tmp_path, rows, cohorts, "")
+    plots.plot_bland_altman(tmp_path, rows, cohorts, "")
+    plots.plot_comparison(tmp_path, paired, compared, ("a", "b"), "")
+    spreads = [
+        "range 0.667 to 1.000, n = 2",
+        "range +0.0000 to +0.3333, n = 2",
+        "range -0.1 ml to +0.0 ml, n = 2",
+        "range +0.1667 to +0.5000, n = 4",
+    ]
+    for figure, spread in zip(drawn, spreads, strict=True):
+        (axes,) = figure.axes
+        legend = axes.get_legend()
+        words = [axes.get_title(), *(text.get_text() for text in (legend.get_texts() if legend else ()))]
+        assert any(spread in text for text in words), words
+        assert not any("95 %" in text for text in words)
+        assert not axes.patches or axes.get_ylabel() == "WT Dice, TTA - plain"  # whose bars are patches
 
 
 def test_seen_cases_are_warned_of() -> None:

@@ -113,8 +113,9 @@ def test_summary_follows_from_the_rows_per_case(trained, phantom_cohort):
             assert part["volume_error_ml"]["mean"] == pytest.approx(error.mean())
             tp, fp, fn = (chosen[name].sum() for name in ("tp", "fp", "fn"))
             assert part["dice_pooled"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
-            if part["n_patients"] == 1:
+            if part["n_patients"] < 6:
                 assert part["dice"]["ci95"] is None
+                assert part["dice"]["range"] == [chosen["dice"].min(), chosen["dice"].max()]
             else:
                 low, high = part["dice"]["ci95"]
                 assert low <= part["dice"]["mean"] <= high

@@ -71,9 +71,11 @@ def test_table_gives_each_fold_its_own_mean() -> None:
     folds = [
         pd.DataFrame({"region": "WT", "mode": "plain", "dice": dice}) for dice in ([0.5, 0.7], [0.9])
     ]  # fmt: skip
-    dice = {"mean": 0.7, "sd": 0.2, "median": 0.7, "ci95": [0.5, 0.9]}
+    dice = {"mean": 0.7, "sd": 0.2, "median": 0.7, "ci95": [0.5, 0.9], "range": [0.4, 1.0], "n": 3}
     (row,) = make_table({"WT": {"plain": {"n_cases": 3, "n_patients": 2, "dice": dice}}}, folds)
     assert (row["cases"], row["patients"], row["ci95"]) == (3, 2, "0.500 to 0.900")
+    few = {"WT": {"plain": {"n_cases": 3, "n_patients": 2, "dice": dice | {"ci95": None}}}}
+    assert make_table(few, folds)[0]["ci95"] == "range 0.400 to 1.000, n = 3"
     np.testing.assert_allclose([row["mean"], row["fold 0"], row["fold 1"]], [0.7, 0.6, 0.9])
 
 
