@@ -17,7 +17,7 @@ from audit.measure import count_overlap_per_slice, measure_case, summarise_all
 from audit.overlays import REFERENCE_COLOUR, grey_window, plot_batch, take_picture
 from audit.postprocess import threshold_regions
 from audit.report import list_warnings, tabulate_gains, tabulate_scores, write_report
-from audit.results import AuditResults
+from audit.results import AuditResults, CaseVolumes
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise, summarise_calibration
 from utils_v2 import THRESHOLDS, Overlap, overlap_at_thresholds
 
@@ -160,17 +160,12 @@ def test_a_batch_of_many_slabs_and_nested_regions_is_drawn(tmp_path: Path) -> No
 
 def make_results(run: Path, odd_id: str) -> AuditResults:
     """Return an audit of two cohorts of two cases: one segmented exactly, one by half."""
-    rows, pictures = [], {}
-    counts = {}
+    rows, counts = [], {}
     for cohort in ("validation", "internal"):
         counts[cohort] = np.zeros((1, len(THRESHOLDS), 3), np.int64)
-        pictures[cohort] = {}
         for case, prediction in ((odd_id, HALF), ("exact", REFERENCE)):
             counts[cohort][0] += overlap_at_thresholds(
                 0.9 * prediction.astype(np.float32), REFERENCE, THRESHOLDS
-            )
-            pictures[cohort][case] = take_picture(
-                REFERENCE.astype(np.float16), REFERENCE, prediction, SPACING_MM
             )
             for mode, mask in (("plain", HALF), ("tta", prediction)):
                 row = {"cohort": cohort, "case": case, "patient": case, "region": "WT", "mode": mode}
@@ -191,8 +186,15 @@ def make_results(run: Path, odd_id: str) -> AuditResults:
         "hardware": {"device": "cpu"},
         "versions": {"torch": "2.9"},
     }
-    del pictures["validation"]
-    return AuditResults(run, summary, table, pd.DataFrame(columns=["cohort", "case"]), counts, pictures)
+    masks = {odd_id: HALF, "exact": REFERENCE}
+    leakage = pd.DataFrame(columns=["cohort", "case"])
+    return AuditResults(run, summary, table, leakage, counts, lambda _, case: volumes_of(masks[case]))
+
+
+def volumes_of(prediction: np.ndarray, reference: np.ndarray = REFERENCE) -> CaseVolumes:
+    """Return a case whose image is its reference."""
+    image = {"flair": REFERENCE.astype(np.float16)}
+    return CaseVolumes(image, reference[None], {"prediction": prediction[None]}, None, SPACING_MM)
 
 
 def test_tables_hold_the_numbers_of_the_summary() -> None:
@@ -255,12 +257,13 @@ def test_report_shows_ids_whole_and_as_text(tmp_path: Path) -> None:
     assert names == [name for name in CAPTIONS if name != "training_curves.png"] + ["cases_internal.png"]
     write_report(tmp_path / "report.html", results, figures)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert f">&lt;b&gt;{'x' * 80}&amp;&lt;/b&gt;</td>" in text
+    assert f">&lt;b&gt;{'x' * 80}&amp;&lt;/b&gt;</button>" in text
     assert "<title>Audit of &lt;i&gt;run</title>" in text
     assert "<b>" not in text
     assert "<i>" not in text
     assert "No tested case was found in training" in text
-    assert text.count("data:image/png;base64,") == len(figures)
+    assert text.count("data:image/png;base64,") == 1  # the case pictures; charts are SVG
+    assert text.count("<svg ") == len(figures) - 1
     assert "torch 2.9" in text
 
 
