@@ -95,7 +95,6 @@ def write_run_page(path: Path, run: RunFacts) -> None:
         path,
         "run.html.j2",
         run=run,
-        progress=describe_progress(run),
         figures=read_figures(run),
         balance=read_balance(run.folder / "balance.csv"),
         settings={name: show_value(config[name]) for name in SHOWN_SETTINGS if name in config},
@@ -105,25 +104,6 @@ def write_run_page(path: Path, run: RunFacts) -> None:
         card=make_card(run),
         has_report=(run.folder / "evaluation" / "report.html").is_file(),
     )
-
-
-def describe_progress(run: RunFacts) -> dict[str, str]:
-    """Return in figures how far training came: epochs, minutes, best validation Dice; what is known of it."""
-    progress = {}
-    if run.epochs is not None and len(run.epochs):
-        last = run.epochs.iloc[-1]
-        of = f" of {run.config['epochs']}" if run.config and "epochs" in run.config else ""
-        progress["epochs"] = f"{last['epoch']:.0f}{of}"
-        progress["time"] = describe_minutes(float(last["minutes"]))
-    if run.best is not None and "validation_dice" in run.best:
-        progress["validation Dice"] = f"{run.best['validation_dice']:.3f}"
-        progress["epoch kept"] = str(run.best.get("epoch", "-"))
-    return progress
-
-
-def describe_minutes(minutes: float) -> str:
-    """Return a duration in the unit that suits it."""
-    return f"{minutes / 60:.1f} h" if minutes >= 120 else f"{minutes:.1f} min"
 
 
 def read_figures(run: RunFacts) -> dict[str, str]:
@@ -193,7 +173,6 @@ def write_index_page(path: Path, results: Path) -> None:
         "index.html.j2",
         results=results.resolve().name,
         runs=runs,
-        progress={run.folder.name: describe_progress(run) for run in runs},
         pages=pages,
         paths={run.folder.name: shlex.quote(str(run.folder)) for run in runs},
         comparisons=comparisons,

@@ -5,6 +5,7 @@ an error.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -60,6 +61,7 @@ class RunFacts:
     best: dict[str, Any] | None = None  # best.pt without its weights
     summary: dict[str, Any] | None = None  # of the audit, where it is of this best.pt
     headlines: list[Headline] = field(default_factory=list)
+    progress: dict[str, str] = field(default_factory=dict)  # how far training came, in figures
     counts: list[dict[str, Any]] = field(default_factory=list)  # of the split, by part
     marks: list[str] = field(default_factory=list)  # what qualifies the numbers
     problems: list[str] = field(default_factory=list)
@@ -122,21 +124,27 @@ def read_run(folder: Path) -> RunFacts:
     run.best = _read(run, "best.pt", read_facts)
     run.summary = _read(run, "evaluation/summary.json", _read_object)
     if run.summary is not None:
-        run.headlines = _read(run, "evaluation/summary.json", lambda _: find_headlines(run.summary)) or []
+        run.headlines = _note(run, "evaluation/summary.json", lambda: find_headlines(run.summary)) or []
         if is_of_other_weights(folder, run.summary):
             run.summary, run.headlines, run.is_outdated = None, [], True
     if run.best is None and not run.headlines and not run.problems:
         run.problems += [] if (folder / "config.json").exists() else ["config.json: not there"]
-    run.marks = _read(run, "evaluation/summary.json", lambda _: list_marks(run)) or []
-    run.counts = _read(run, "config.json", lambda _: count_split(run)) or []
+    run.marks = _note(run, "evaluation/summary.json", lambda: list_marks(run)) or []
+    run.counts = _note(run, "config.json", lambda: count_split(run)) or []
+    run.progress = _note(run, "best.pt", lambda: describe_progress(run)) or {}
     return run
 
 
 def _read(run: RunFacts, name: str, read: Callable[[Path], Content]) -> Content | None:
     """Return what `read` makes of a file; None where there is none, and where it fails, which is noted."""
     path = run.folder / name
+    return _note(run, name, lambda: read(path) if path.exists() else None)
+
+
+def _note(run: RunFacts, name: str, action: Callable[[], Content]) -> Content | None:
+    """Return what `action` does, or None where it fails, which is noted as a problem of the file `name`."""
     try:
-        return read(path) if path.exists() else None
+        return action()
     except Exception as error:  # whatever a damaged file makes of it: a list of runs shows it as broken
         words = error.problem if isinstance(error, InputError) else f"not readable ({error!r:.120})"
         run.problems.append(f"{name}: {words}")
@@ -166,6 +174,8 @@ def find_headlines(summary: Mapping[str, Any]) -> list[Headline]:
             dice, patients = dict(scores["dice"]), int(scores["n_patients"])
             if dice["mean"] is None:
                 continue
+            if not math.isfinite(dice["mean"]):
+                raise ValueError(f"Dice {dice['mean']}")
             if patients < LEAST_PATIENTS:  # earlier versions wrote an interval
                 dice["ci95"] = None
             headline = Headline(cohort, region, "tta" in modes, dice, int(scores["n_cases"]), patients)
@@ -210,3 +220,22 @@ def list_marks(run: RunFacts) -> list[str]:
     if run.summary and run.summary.get("predictions"):
         marks.append("Masks of another tool: what it was trained on is not known.")
     return marks
+
+
+def describe_progress(run: RunFacts) -> dict[str, str]:
+    """Return in figures how far training came: epochs, minutes, best validation Dice; what is known of it."""
+    progress = {}
+    if run.epochs is not None and len(run.epochs):
+        last = run.epochs.iloc[-1]
+        of = f" of {run.config['epochs']}" if run.config and "epochs" in run.config else ""
+        progress["epochs"] = f"{last['epoch']:.0f}{of}"
+        progress["time"] = describe_minutes(float(last["minutes"]))
+    if run.best is not None and "validation_dice" in run.best:
+        progress["validation Dice"] = f"{run.best['validation_dice']:.3f}"
+        progress["epoch kept"] = str(run.best.get("epoch", "-"))
+    return progress
+
+
+def describe_minutes(minutes: float) -> str:
+    """Return a duration in the unit that suits it."""
+    return f"{minutes / 60:.1f} h" if minutes >= 120 else f"{minutes:.1f} min"

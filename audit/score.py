@@ -20,6 +20,7 @@ import torch
 from audit.browse import Browse
 from audit.figures import draw_figures
 from audit.measure import measure_case, summarise_all
+from audit.pages import write_index
 from audit.report import log_summary, write_report
 from audit.results import AuditResults, CaseVolumes
 from cohort.cases import Case, read_modality, with_reference
@@ -99,6 +100,8 @@ def score_predictions(settings: ScoreSettings) -> None:
     )
     write_report(folder / "report.html", results, draw_figures(results, folder), settings.browse)
     log.info("report: %s", folder / "report.html")
+    if settings.output is None:
+        write_index(folder.parent.parent)
 
 
 def refuse_other_scores(folder: Path, predictions: Path) -> None:

@@ -70,11 +70,12 @@ def test_training_leaves_a_run_folder_that_explains_itself(trained, phantom_coho
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "split.json", "log.csv", "batch.png", "curves.png", "best.pt", "last.pt", "train.log",
-        "evaluation",
+        "evaluation", "balance.csv", "index.html", "MODEL_CARD.md", ".drunet_written",
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert config["widths"] == [4, 8, 16]
     assert config["data_kind"] == "phantom"
+    assert config["split_patients"] == {"train": 6, "validation": 1, "test": 1}
     assert config["command"].startswith("python train_drunet_v2.py --data-dir")
     split = json.loads((folder / "split.json").read_text())
     assert sorted(split["train"] + split["validation"] + split["test"]) == sorted(
@@ -85,6 +86,21 @@ def test_training_leaves_a_run_folder_that_explains_itself(trained, phantom_coho
     checkpoint = load_checkpoint(folder / "best.pt")
     assert checkpoint["validation_dice"] == pytest.approx(log["validation_dice_WT"].max())
     assert {entry[0] for entry in checkpoint["seen"]} == set(split["train"] + split["validation"])
+
+
+def test_training_and_the_audit_leave_pages_that_lead_to_one_another(trained):
+    results = trained / "results"
+    index = (results / "index.html").read_text()
+    for link in ("tiny/index.html", "tiny/evaluation/report.html", "tiny/MODEL_CARD.md"):
+        assert f'href="{link}"' in index
+        assert (results / link).is_file()
+    summary = json.loads((results / "tiny" / "evaluation" / "summary.json").read_text())
+    shown = f"{summary['cohorts']['internal']['WT']['tta']['dice']['mean']:.3f}"
+    page = (results / "tiny" / "index.html").read_text()
+    for text in (index, page, (results / "tiny" / "MODEL_CARD.md").read_text()):
+        assert shown in text
+    assert page.count("data:image/png;base64,") == 2  # curves and first batch
+    assert "% drawn" in page
 
 
 def test_threshold_of_the_checkpoint_is_the_one_with_the_highest_validation_dice(trained):
