@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from audit.browse import PAGE_BYTES
 from audit.page import write_page
 from audit.results import headline_mode
 from audit.statistics import LEAST_PATIENTS, format_spread
+from audit.viewed_pairs import embed_pairs
 
 SIDE, EDGE = 300, 44  # of a scatter and of the room for its ticks, in SVG units
+PAGE_OVERHEAD, ROW_BYTES = 300_000, 900  # of the page's parts and of a case in plot and table
 TERMS = {
     "A": "mean over the common cases, of the run named first",
     "B": "mean over the common cases, of the run named second",
@@ -36,13 +39,20 @@ def write_comparison_page(
     rows = rows.assign(change=rows["dice_a"] - rows["dice_b"])
     rows = rows.iloc[rows["change"].abs().argsort(kind="stable")[::-1]].reset_index(drop=True)
     runs = {name: Path(comparison[f"run_{name}"]) for name in "ab"}
+    keys = list(rows[["cohort", "case"]].itertuples(index=False, name=None))
+    budget = PAGE_BYTES - PAGE_OVERHEAD - ROW_BYTES * len(rows)
+    pairs = embed_pairs(runs, comparison["masks_as_given"], keys, budget)
     write_page(
         path,
         "comparison.html.j2",
         names={name: run.name for name, run in runs.items()},
         links={name: link_run(run, path.parent) for name, run in runs.items()},
         comparison=comparison,
-        marks=list_comparison_marks(comparison),
+        marks=list_comparison_marks(comparison, bool(pairs)),
+        pairs=[pair | {"about": describe_pair(rows, pair["key"])} for pair in pairs],
+        shown={pair["key"] for pair in pairs},
+        case_count=len(set(keys)),
+        limit_mb=PAGE_BYTES // 1_000_000,
         mode="with TTA" if headline_mode(paired) == "tta" else "masks as given",
         cards=list_cards(comparison),
         panels=[
@@ -66,15 +76,21 @@ def link_run(run: Path, folder: Path) -> dict[str, str]:
     return {name: Path(os.path.relpath(path, folder)).as_posix() for name, path in there.items()}
 
 
-def list_comparison_marks(comparison: Mapping[str, Any]) -> list[str]:
+def describe_pair(rows: pd.DataFrame, key: str) -> str:
+    """Return what the viewer says of a case: the Dice of both runs in each region."""
+    of_case = rows[rows["cohort"] + "/" + rows["case"] == key]
+    numbers = [f"{row.region} Dice A {row.dice_a:.3f}, B {row.dice_b:.3f}" for row in of_case.itertuples()]
+    return f"{of_case['cohort'].iloc[0]}. {'; '.join(numbers)}"
+
+
+def list_comparison_marks(comparison: Mapping[str, Any], shows_cases: bool) -> list[str]:
     """Return what qualifies the differences, in sentences."""
     marks = []
     if comparison["data_kind"] == "phantom":
         marks.append("Synthetic phantoms, not a BraTS result.")
     else:
-        marks.append(
-            "Real data: this page names cases of patients. Mind the terms of the data before you send it."
-        )
+        what = "shows and names patients" if shows_cases else "names cases of patients"
+        marks.append(f"Real data: this page {what}. Mind the terms of the data before you send it.")
     for name, is_given in comparison["masks_as_given"].items():
         if is_given:
             marks.append(
@@ -130,6 +146,7 @@ def draw_scatter(rows: pd.DataFrame, cohort: str, region: str) -> dict[str, Any]
         "n": len(chosen),
         "dots": [
             {"row": row.Index, "x": EDGE + place(row.dice_b), "y": SIDE - place(row.dice_a)}
+            | {"key": f"{cohort}/{row.case}", "region": region}
             | {"words": f"{row.case}: A {row.dice_a:.3f}, B {row.dice_b:.3f}, A - B {row.change:+.3f}"}
             for row in chosen.itertuples()
         ],
@@ -142,6 +159,8 @@ def list_cases(rows: pd.DataFrame) -> Sequence[dict[str, Any]]:
     return [
         {
             "case": row.case,
+            "key": f"{row.cohort}/{row.case}",
+            "region": row.region,
             "place": f"{row.cohort} {row.region}",
             "cells": [
                 f"{row.change:+.3f}", f"{row.dice_a:.3f}", f"{row.dice_b:.3f}", f"{row.hd95_mm_a:.1f}",

@@ -57,8 +57,8 @@ def write_run_pages(folder: Path) -> None:
 def write_index(results: Path) -> None:
     """Write the page of all runs in a folder; what cannot be written is warned of."""
     path = results / INDEX
-    attempt(path, lambda: write_ours(path, lambda target: write_index_page(target, results)))
-    log.info("all runs: %s", path)
+    if attempt(path, lambda: write_ours(path, lambda target: write_index_page(target, results))):
+        log.info("all runs: %s", path)
 
 
 def attempt(place: Path, action: Callable[[], Any]) -> Any:
@@ -70,12 +70,13 @@ def attempt(place: Path, action: Callable[[], Any]) -> Any:
         return None
 
 
-def write_ours(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file that people may have changed or may have put there themselves: theirs is kept."""
+def write_ours(path: Path, write: Callable[[Path], None]) -> bool:
+    """Write a file that people may have changed or may have put there themselves; False: theirs is kept."""
     if path.exists() and not is_written_by_us(path):
         log.warning("%s is not as this program wrote it and is kept; move it away for a new one", path)
-        return
+        return False
     write_output(path, write)
+    return True
 
 
 def write_card(path: Path, run: RunFacts) -> None:
