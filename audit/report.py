@@ -380,6 +380,8 @@ def describe_case(results: AuditResults, cohort: str, case_id: str) -> dict[str,
     rows = list(tested[(tested["cohort"] == cohort) & (tested["case"] == case_id)].itertuples())
     numbers = [f"{row.region} Dice {row.dice:.3f}, HD95 {row.hd95_mm:.1f} mm" for row in rows]
     notes = [f"{row.region}: {describe_errors(row._asdict())}" for row in rows]
+    if len(rows) == 1:
+        notes = [describe_errors(rows[0]._asdict())]
     return {
         "key": f"{cohort}/{case_id}",
         "name": case_id,
