@@ -365,7 +365,7 @@ def _known(value: float | None) -> float | None:
 def note_case(results: AuditResults, row: Any) -> list[str]:
     """Return what a reader must know of a case: a row of metrics_per_case.csv as a named tuple."""
     notes = list(results.notes.get((row.cohort, row.case), ()))
-    if row.seen_in_training is True:  # None: not known
+    if not pd.isna(row.seen_in_training) and row.seen_in_training:  # neither: not known
         notes.insert(0, "seen in training or validation")
     if not row.reference_ml:
         notes.append(f"{row.region}: reference empty")

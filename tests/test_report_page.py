@@ -202,7 +202,12 @@ def test_notes_say_what_is_assumed_and_what_leaked(phantom_cohort: Path, tmp_pat
     leakage = pd.DataFrame(
         [{"cohort": "external", "case": second.case_id, "evidence": "near image", "training_case": "other"}]
     )
-    notes = list_notes({"external": [first, second]}, leakage, lambda *_: [])
+    shapes = []
+    notes = list_notes(
+        {"external": [first, second]}, leakage, lambda shape, _: shapes.append(shape) or ["far"]
+    )
+    assert shapes == [first.shape[1:], second.shape[1:]]
+    assert "far" in notes["external", first.case_id]
     assert notes["external", first.case_id][0] == browse.SPACING_ASSUMED
     assert "odd" in notes["external", first.case_id]
     assert notes["external", second.case_id][0].startswith("near image: same scan, verified, other of")
