@@ -243,12 +243,12 @@ def list_notes(
 ) -> dict[tuple[str, str], list[str]]:
     """Return per (cohort, case id) what a reader must know of a case; cases with nothing are left out.
 
-    `find_doubts` (shape, frame) is that of the model; `leakage` is what leakage.csv holds.
+    `find_doubts` (H and W, frame) is that of the model; `leakage` is what leakage.csv holds.
     """
     notes: dict[tuple[str, str], list[str]] = {}
     for cohort, cases in cohorts.items():
         for case in cases:
-            odd = [*case.warnings, *find_doubts(case.shape, case.frame)]
+            odd = [*case.warnings, *find_doubts(case.shape[1:], case.frame)]
             notes[cohort, case.case_id] = odd if case.spacing_known else [SPACING_ASSUMED, *odd]
     for row in leakage.itertuples():
         if (row.cohort, row.case) in notes:

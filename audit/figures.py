@@ -14,13 +14,13 @@ from audit.plots import (
     plot_precision_recall,
     plot_reliability,
     plot_tta_gain,
+    save_chart,
 )
 from audit.results import AuditResults, CasePicture, CaseVolumes, headline_mode, rank_cases
 from cohort.phantom import PHANTOM_NOTE
 from utils_v2 import THRESHOLDS
 
 CAPTIONS = {
-    "training_curves.png": "Training: loss, Dice and learning rate over epochs.",
     "dice_per_case.png": "Dice of each test case, sorted, with TTA; the band is the bootstrap 95 % interval "
     "of the mean (none is stated of fewer than six patients).",
     "dice_against_volume.png": "Dice against the tumour volume of the reference, with TTA.",
@@ -34,6 +34,7 @@ CAPTIONS = {
     "threshold used.",
     "calibration.png": "Calibration on validation: share of reference tumour among the brain's voxels of "
     "each probability, and how many voxels there are (voxels pooled, before post-processing).",
+    "training_curves.png": "Training: loss, Dice and learning rate over epochs.",
 }
 
 
@@ -52,7 +53,7 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     log_path = results.run / "log.csv"
     epochs = pd.read_csv(log_path) if log_path.exists() else pd.DataFrame()
     if len(epochs):
-        plot_curves(folder / "training_curves.png", epochs, results.run.name + note)
+        plot_curves(folder / "training_curves.png", epochs, results.run.name + note, save_chart)
     else:
         del captions["training_curves.png"]
     plot_dice_per_case(folder / "dice_per_case.png", tested, cohorts, note)

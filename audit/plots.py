@@ -1,6 +1,6 @@
 """Charts of a run and of its audit. Every figure says over what its numbers are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape, quoteattr
@@ -80,7 +80,9 @@ def tidy(axes: mpl.axes.Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def plot_curves(path: Path, log: pd.DataFrame, title: str) -> None:
+def plot_curves(
+    path: Path, log: pd.DataFrame, title: str, save: Callable[[Figure, Path], None] = save_figure
+) -> None:
     """Draw a run's log: loss, Dice (training slabs and validation cases) and learning rate over epochs."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     loss, dice, rate = figure.subplots(1, 3)
@@ -115,7 +117,7 @@ def plot_curves(path: Path, log: pd.DataFrame, title: str) -> None:
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         tidy(axes)
     figure.suptitle(title, fontsize=10, parse_math=False)
-    save_figure(figure, path)
+    save(figure, path)
 
 
 def plot_balance(before: pd.Series, after: pd.Series, path: Path) -> None:

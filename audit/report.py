@@ -365,7 +365,7 @@ def _known(value: float | None) -> float | None:
 def note_case(results: AuditResults, row: Any) -> list[str]:
     """Return what a reader must know of a case: a row of metrics_per_case.csv as a named tuple."""
     notes = list(results.notes.get((row.cohort, row.case), ()))
-    if row.seen_in_training is True:  # None: not known
+    if not pd.isna(row.seen_in_training) and row.seen_in_training:  # neither: not known
         notes.insert(0, "seen in training or validation")
     if not row.reference_ml:
         notes.append(f"{row.region}: reference empty")
@@ -380,6 +380,8 @@ def describe_case(results: AuditResults, cohort: str, case_id: str) -> dict[str,
     rows = list(tested[(tested["cohort"] == cohort) & (tested["case"] == case_id)].itertuples())
     numbers = [f"{row.region} Dice {row.dice:.3f}, HD95 {row.hd95_mm:.1f} mm" for row in rows]
     notes = [f"{row.region}: {describe_errors(row._asdict())}" for row in rows]
+    if len(rows) == 1:
+        notes = [describe_errors(rows[0]._asdict())]
     return {
         "key": f"{cohort}/{case_id}",
         "name": case_id,
