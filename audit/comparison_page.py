@@ -37,7 +37,7 @@ def write_comparison_page(
     """
     rows = paired[paired["mode"] == headline_mode(paired)].reset_index(drop=True)
     rows = rows.assign(change=rows["dice_a"] - rows["dice_b"])
-    rows = rows.iloc[rows["change"].abs().argsort(kind="stable")[::-1]].reset_index(drop=True)
+    rows = rows.iloc[(-rows["change"].abs()).argsort(kind="stable")].reset_index(drop=True)
     runs = {name: Path(comparison[f"run_{name}"]) for name in "ab"}
     keys = list(rows[["cohort", "case"]].itertuples(index=False, name=None))
     budget = PAGE_BYTES - PAGE_OVERHEAD - ROW_BYTES * len(rows)
