@@ -299,7 +299,7 @@ def write_report(
         "postprocessing": tabulate_postprocessing(summary),
         "calibration": tabulate_calibration(summary),
         "uncertainty": tabulate_uncertainty(summary),
-        "leakage": results.leakage,
+        "leakage": results.leakage.map(_cell),
     }
     used = {word for table in tables.values() for word in table.columns} | set(CASE_COLUMNS)
     cards = make_cards(summary)
@@ -356,6 +356,13 @@ def list_cases(results: AuditResults) -> list[dict[str, Any]]:
         }
         for row in tested_rows(results.rows).sort_values("dice", kind="stable").itertuples()
     ]
+
+
+def _cell(value: Any) -> str:
+    """Return a cell of leakage.csv for the page: three decimals, "-" for what is not known."""
+    if isinstance(value, float):
+        return format_number(_known(value))
+    return str(value)
 
 
 def _known(value: float | None) -> float | None:
