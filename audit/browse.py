@@ -227,8 +227,9 @@ def _pack(volume: np.ndarray) -> str:
 def clear_case_pages(folder: Path) -> None:
     """Remove the pages that an earlier audit wrote beside its report; they would show its masks."""
     if folder.is_dir() and (folder / ".drunet_written").is_file():
-        for page in folder.glob("[0-9]*.html"):
-            page.unlink()
+        for page in folder.glob("*.html"):
+            if page.stem.isdigit():
+                page.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ SVG_STYLE = {
 def save_chart(figure: Figure, path: Path, dots: Sequence[Dots] = ()) -> None:
     """Write a figure as PNG and as SVG beside it; in the SVG an invisible circle says each dot's case."""
     save_figure(figure, path)
+    figure.set_layout_engine("none")  # it is laid out by now, and that takes most of the time
 
     def write(target: Path) -> None:
         with mpl.rc_context(SVG_STYLE):

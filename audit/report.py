@@ -299,7 +299,7 @@ def write_report(
         "postprocessing": tabulate_postprocessing(summary),
         "calibration": tabulate_calibration(summary),
         "uncertainty": tabulate_uncertainty(summary),
-        "leakage": results.leakage,
+        "leakage": results.leakage.map(_cell),
     }
     used = {word for table in tables.values() for word in table.columns} | set(CASE_COLUMNS)
     cards = make_cards(summary)
@@ -316,8 +316,8 @@ def write_report(
         worst=find_worst(results.rows),
         many_regions=len({card.region for card in cards}) > 1,
         many_cohorts=len({row["cohort"] for row in case_rows}) > 1,
-        cohorts=list(dict.fromkeys(row["cohort"] for row in case_rows)),
-        regions=list(dict.fromkeys(row["region"] for row in case_rows)),
+        cohorts=list(tested_rows(results.rows)["cohort"].unique()),
+        regions=list(results.rows["region"].unique()),
         case_columns=CASE_COLUMNS,
         case_rows=case_rows,
         case_count=len(keys),
@@ -356,6 +356,13 @@ def list_cases(results: AuditResults) -> list[dict[str, Any]]:
         }
         for row in tested_rows(results.rows).sort_values("dice", kind="stable").itertuples()
     ]
+
+
+def _cell(value: Any) -> str:
+    """Return a cell of leakage.csv for the page: three decimals, "-" for what is not known."""
+    if isinstance(value, float):
+        return format_number(_known(value))
+    return str(value)
 
 
 def _known(value: float | None) -> float | None:

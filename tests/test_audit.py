@@ -268,11 +268,14 @@ def test_report_shows_ids_whole_and_as_text(tmp_path: Path) -> None:
 
 
 def test_report_lists_what_leaked(tmp_path: Path) -> None:
-    leakage = pd.DataFrame([{"cohort": "internal", "case": "half", "evidence": "content"}])
+    row = {"cohort": "internal", "case": "half", "evidence": "content", "similarity": 0.98765}
+    leakage = pd.DataFrame([row | {"correlation": np.nan}])
     results = dataclasses.replace(make_results(tmp_path, "half"), leakage=leakage)
     write_report(tmp_path / "report.html", results, {})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert ">content</td>" in text
+    assert ">0.988</td>" in text
+    assert ">-</td>" in text
     assert "No tested case was found in training" not in text
 
 

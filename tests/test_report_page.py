@@ -294,6 +294,15 @@ def test_names_are_escaped_everywhere_and_pages_are_numbers(pages: Path) -> None
     assert "shows patients" not in text
 
 
+def test_circles_lie_on_the_dots_of_the_chart(pages: Path) -> None:
+    text = (pages / "dice_per_case.svg").read_text(encoding="utf-8")
+    marks = np.array(re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)"', text), float)
+    circles = np.array(re.findall(r'<circle [^<]*cx="([\d.]+)" cy="([\d.]+)"', text), float)
+    assert len(circles) == 12  # 3 cases of 2 cohorts and regions
+    distances = np.linalg.norm(circles[:, None] - marks[None], axis=-1)
+    assert (distances.min(1) < 0.1).all()
+
+
 def test_a_page_of_real_data_says_that_it_shows_patients(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", make_audit(tmp_path / "run", data_kind="real"), {})
     assert "This page shows patients" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -303,12 +312,14 @@ def test_what_does_not_fit_is_not_embedded_and_old_case_pages_go(
     pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(pages, tmp_path / "audit")
+    (tmp_path / "audit" / "cases" / "2 notes.html").touch()
     monkeypatch.setattr(report, "PAGE_BYTES", report.PAGE_OVERHEAD)
     write_report(tmp_path / "audit" / "report.html", make_audit(tmp_path / "run"), {})
     text = (tmp_path / "audit" / "report.html").read_text(encoding="utf-8")
     assert 'class="case"' not in text
     assert "6 of\n6 cases are not embedded" in text
-    assert not list((tmp_path / "audit" / "cases").glob("*.html"))  # they showed the masks of another audit
+    # they showed the masks of another audit; what somebody else put there stays
+    assert [page.name for page in (tmp_path / "audit" / "cases").glob("*.html")] == ["2 notes.html"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -228,7 +228,8 @@ const Viewer = (() => {
       const probability = this.case.probability?.[this.find("region").selectedIndex];
       if (probability && this.find("probability").checked) {
         paint(context, cut, (voxel, data, at) => {
-          if (probability[voxel]) setPixel(data, at, heatColour(probability[voxel] / steps), 190);
+          const share = probability[voxel] / steps; // the unlikely hides little
+          if (share) setPixel(data, at, heatColour(share), Math.min(200, 450 * share));
         }, false);
       }
       this.drawMasks(context, cut);
