@@ -307,6 +307,8 @@ def write_report(
         path,
         "report.html.j2",
         run=results.run.name,
+        # written after this page, see audit/pages.py
+        has_run_page=path.parent == results.run / "evaluation" and (results.run / "best.pt").is_file(),
         is_real=summary["data_kind"] != "phantom",
         warnings=list_warnings(summary),
         cards=cards,

@@ -99,6 +99,9 @@ def test_training_and_the_audit_leave_pages_that_lead_to_one_another(trained):
     page = (results / "tiny" / "index.html").read_text()
     for text in (index, page, (results / "tiny" / "MODEL_CARD.md").read_text()):
         assert shown in text
+    report = (results / "tiny" / "evaluation" / "report.html").read_text()
+    assert 'href="../index.html"' in report
+    assert 'href="../MODEL_CARD.md"' in report
     assert page.count("data:image/png;base64,") == 2  # curves and first batch
     assert "% drawn" in page
 
