@@ -19,7 +19,7 @@ import pandas as pd
 
 from audit.model_card import make_card
 from audit.page import write_page
-from audit.runs import RunFacts, find_runs, read_run
+from audit.runs import RunFacts, find_runs, list_folds, read_run
 from audit.statistics import LEAST_PATIENTS, format_spread
 from runtime.files import file_sha256, is_written_by_us, write_output
 from runtime.log import log
@@ -43,15 +43,23 @@ NO_SETTINGS = (
 
 
 def write_run_pages(folder: Path) -> None:
-    """Write a run's page and model card, and the page of all runs beside it.
+    """Write a run's page and model card, and the page of all runs beside it; of a fold those of its run too.
 
     Nothing here may cost a run or an audit that is done: what cannot be written is warned of.
     """
+    write_pages_of(folder)
+    if list_folds(folder.parent):
+        folder = folder.parent
+        write_pages_of(folder)
+    write_index(folder.parent)
+
+
+def write_pages_of(folder: Path) -> None:
+    """Write a run's page and model card; what cannot be written is warned of."""
     run = attempt(folder, lambda: read_run(folder))
     if run is not None:
         attempt(folder / CARD, lambda: write_ours(folder / CARD, lambda path: write_card(path, run)))
         attempt(folder / INDEX, lambda: write_ours(folder / INDEX, lambda path: write_run_page(path, run)))
-    write_index(folder.parent)
 
 
 def write_index(results: Path) -> None:
@@ -96,6 +104,7 @@ def write_run_page(path: Path, run: RunFacts) -> None:
         path,
         "run.html.j2",
         run=run,
+        above="all folds" if list_folds(run.folder.parent) else "all runs",
         figures=read_figures(run),
         balance=read_balance(run.folder / "balance.csv"),
         settings={name: show_value(config[name]) for name in SHOWN_SETTINGS if name in config},

@@ -61,6 +61,7 @@ class RunFacts:
     best: dict[str, Any] | None = None  # best.pt without its weights
     summary: dict[str, Any] | None = None  # of the audit, where it is of this best.pt
     headlines: list[Headline] = field(default_factory=list)
+    folds: list["RunFacts"] = field(default_factory=list)  # of a run of folds
     progress: dict[str, str] = field(default_factory=dict)  # how far training came, in figures
     counts: list[dict[str, Any]] = field(default_factory=list)  # of the split, by part
     marks: list[str] = field(default_factory=list)  # what qualifies the numbers
@@ -69,13 +70,15 @@ class RunFacts:
 
     @property
     def is_trained(self) -> bool:
-        """Whether training has come to its end, which is the choice of post-processing."""
+        """Whether training has come to its end, which is the choice of post-processing; of all folds."""
+        if self.folds:
+            return all(fold.is_trained for fold in self.folds)
         return self.best is not None and "postprocessing" in self.best
 
     @property
     def data_kind(self) -> str:
         """The word "phantom", "real" or "unknown"."""
-        for source in (self.config, self.best, self.summary):
+        for source in (self.config, self.best, self.summary, *(fold.config for fold in self.folds)):
             if source and source.get("data_kind") in ("phantom", "real"):
                 return source["data_kind"]
         return "unknown"
@@ -83,6 +86,9 @@ class RunFacts:
     @property
     def written(self) -> datetime | None:
         """When best.pt was written, or the folder's first file where there is none."""
+        newest = [fold.written for fold in self.folds if fold.best is not None]
+        if newest:
+            return max(newest)
         for name in ("best.pt", "evaluation/summary.json", "config.json", "."):
             try:
                 return datetime.fromtimestamp((self.folder / name).stat().st_mtime)
@@ -119,13 +125,14 @@ def read_run(folder: Path) -> RunFacts:
     """Return what a run's folder says."""
     run = RunFacts(folder)
     run.config = _read(run, "config.json", _read_object)
+    run.folds = _note(run, "config.json", lambda: [read_run(fold) for fold in list_folds(folder)]) or []
     run.split = _read(run, "split.json", read_split)
     run.epochs = _read(run, "log.csv", _read_epochs)
     run.best = _read(run, "best.pt", read_facts)
     run.summary = _read(run, "evaluation/summary.json", _read_object)
     if run.summary is not None:
         run.headlines = _note(run, "evaluation/summary.json", lambda: find_headlines(run.summary)) or []
-        if is_of_other_weights(folder, run.summary):
+        if _note(run, "evaluation/summary.json", lambda: is_of_other_weights(folder, run.summary)):
             run.summary, run.headlines, run.is_outdated = None, [], True
     if run.best is None and not run.headlines and not run.problems:
         run.problems += [] if (folder / "config.json").exists() else ["config.json: not there"]
@@ -184,16 +191,31 @@ def find_headlines(summary: Mapping[str, Any]) -> list[Headline]:
     return headlines
 
 
+def list_folds(run: Path) -> list[Path]:
+    """Return the folder of each fold of a run of folds, whether it is there or not; empty for other runs."""
+    try:
+        config = _read_object(run / "config.json")
+        count = int(config.get("folds") or 0) if config.get("fold") is None else 0
+    except (OSError, ValueError, TypeError):
+        return []
+    return [run / f"fold_{fold}" for fold in range(count)]
+
+
 def is_of_other_weights(folder: Path, summary: Mapping[str, Any]) -> bool:
     """Return whether an audit is of another best.pt than the folder's, as after --resume.
 
-    Hashes are compared only where the checkpoint is younger than the audit.
+    Of a run of folds each fold's counts. Hashes are compared only where a checkpoint is younger than the
+    audit.
     """
-    best, audit = folder / "best.pt", folder / "evaluation" / "summary.json"
-    if not summary.get("checkpoint_sha256") or not best.exists():
-        return False
-    is_younger = best.stat().st_mtime > audit.stat().st_mtime
-    return is_younger and file_sha256(best) != summary["checkpoint_sha256"]
+    audited = [(folder / "best.pt", summary.get("checkpoint_sha256"))]
+    for fold in summary.get("folds") or ():
+        audited.append((folder / f"fold_{fold['fold']}" / "best.pt", fold["checkpoint_sha256"]))
+    written = (folder / "evaluation" / "summary.json").stat().st_mtime
+    return any(
+        file_sha256(best) != sha256
+        for best, sha256 in audited
+        if sha256 and best.exists() and best.stat().st_mtime > written
+    )
 
 
 def count_split(run: RunFacts) -> list[dict[str, Any]]:
@@ -225,6 +247,8 @@ def list_marks(run: RunFacts) -> list[str]:
 def describe_progress(run: RunFacts) -> dict[str, str]:
     """Return in figures how far training came: epochs, minutes, best validation Dice; what is known of it."""
     progress = {}
+    if run.folds:
+        progress["folds trained"] = f"{sum(fold.is_trained for fold in run.folds)} of {len(run.folds)}"
     if run.epochs is not None and len(run.epochs):
         last = run.epochs.iloc[-1]
         of = f" of {run.config['epochs']}" if run.config and "epochs" in run.config else ""

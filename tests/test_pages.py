@@ -322,6 +322,36 @@ def test_dots_lie_where_their_dice_says() -> None:
     assert [tick["at"] for tick in panel["ticks"]] == [0.0, 100.0, 200.0, 300.0]
 
 
+def test_a_run_of_folds_is_one_run_with_a_page_of_each_fold(tmp_path: Path) -> None:
+    run = tmp_path / "folds"
+    folds = [make_run(run / f"fold_{fold}", mean=None) for fold in (0, 1)]
+    write_json(run / "config.json", {"folds": 3, "fold": None, "regions": ["WT"]})
+    for fold in folds:
+        config = json.loads((fold / "config.json").read_text())
+        write_json(fold / "config.json", config | {"folds": 3, "fold": int(fold.name[-1])})
+    write_run_pages(folds[1])
+    page = Reader(run / "index.html")
+    assert "folds trained 2 of 3" in page.text
+    assert re.search(r"fold_0 ?, trained: validation Dice 0\.700, epoch 2", page.text)
+    assert "Each patient is tested once" in page.text
+    assert "all folds" in Reader(folds[1] / "index.html").text
+    index = Reader(tmp_path / "index.html")
+    assert "folds/index.html" in index.links
+    assert "folds unfinished" in index.text
+    # the audit of all folds, and one of them trained further since
+    scores = {"dice": dice(0.6, 9), "n_cases": 9, "n_patients": 9}
+    hashes = [{"fold": fold, "checkpoint_sha256": file_sha256(folds[fold] / "best.pt")} for fold in (0, 1)]
+    summary = {"data_kind": "phantom", "seen_in_training": {}, "folds": hashes, "checkpoint_sha256": None}
+    write_json(
+        run / "evaluation" / "summary.json", summary | {"cohorts": {"internal": {"WT": {"tta": scores}}}}
+    )
+    assert read_run(run).headlines[0].mean == "0.600"
+    save_checkpoint(folds[0] / "best.pt", {"model": {"w": torch.ones(1)}, "postprocessing": None})
+    later = (run / "evaluation" / "summary.json").stat().st_mtime + 5
+    os.utime(folds[0] / "best.pt", (later, later))
+    assert read_run(run).is_outdated
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What training hands over
 # ------------------------------------------------------------------------------------------------------------
