@@ -152,6 +152,15 @@ def drop_modalities(slab: np.ndarray, modalities: int, share: float, draw_seed: 
     slab.reshape(modalities, -1, *slab.shape[1:])[is_dropped] = MISSING
 
 
+def balance_shares(table: pd.DataFrame, weights: np.ndarray) -> pd.DataFrame:
+    """Return slices, and their share as stored and as drawn, of each kind of slice (the index)."""
+    kind = pd.Series(slice_kind(table))
+    order = pd.Index(["tumour", "brain", "empty"], name="kind")
+    slices = kind.value_counts().reindex(order, fill_value=0)
+    drawn = pd.Series(weights).groupby(kind).sum().reindex(order, fill_value=0.0)
+    return pd.DataFrame({"slices": slices, "stored": slices / len(table), "drawn": drawn})
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Slabs and loaders
 # ------------------------------------------------------------------------------------------------------------
@@ -386,15 +395,12 @@ def main(config: BalanceConfig) -> None:
     prepared = prepare_cases(cases, config.modalities, config.regions, config.cache_dir)
     table = slice_table(prepared, config.regions)
     weights = balance_slices(table, config.tumour_share, config.empty_share)
-    kind = pd.Series(slice_kind(table))
-    order = ["tumour", "brain", "empty"]
-    counts = kind.value_counts().reindex(order, fill_value=0)
-    after = pd.Series(weights).groupby(kind).sum().reindex(order, fill_value=0.0)
+    balance = balance_shares(table, weights)
+    before, after = balance["stored"], balance["drawn"]
     patients = len({case.patient_id for case in prepared})
     log.info(f"{len(prepared)} cases of {patients} patients, {len(table)} slices in {source.place}")
-    before = counts / len(table)
     shares = {"as stored": before.map("{:.1%}".format), "as drawn": after.map("{:.1%}".format)}
-    log.info(pd.DataFrame({"slices": counts, **shares}).to_string())
+    log.info(pd.DataFrame({"slices": balance["slices"], **shares}).rename_axis(None).to_string())
     plot = Path(config.output)
     write_output(plot, lambda target: plot_balance(before, after, target), config.overwrite)
     log.info(f"plot: {config.output}")

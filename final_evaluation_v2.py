@@ -30,6 +30,7 @@ import pandas as pd
 import torch
 import tyro
 
+from audit.browse import Browse, KeptPrediction, keep_prediction, list_notes, open_cases
 from audit.compare import compare_runs
 from audit.figures import draw_figures
 from audit.folds import (
@@ -42,13 +43,13 @@ from audit.folds import (
     join_seen,
 )
 from audit.measure import mean_spread, mean_uncertainty, measure_case, summarise_all
-from audit.overlays import take_picture
+from audit.pages import write_run_pages
 from audit.postprocess import postprocess, settings_of, threshold_regions
 from audit.report import log_summary, write_report
-from audit.results import AuditResults, CasePicture
+from audit.results import AuditResults
 from audit.score import PARTIAL, ScoreSettings, leave_partial, score_predictions
 from audit.seen import attach_volumes, count_grades, identify_seen, search_leakage
-from audit.sources import add_origin, count_missing, first_present, summarise_by_source
+from audit.sources import add_origin, count_missing, summarise_by_source
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
 from cohort.cache import PreparedCase, prepare_cases, prepare_for_all_ranks
 from cohort.cases import Case, with_reference
@@ -128,6 +129,9 @@ class EvaluationConfig:
     results/scores_DIR/evaluation"""
     overwrite: bool = False
     """write to a folder that holds files of others too"""
+    browse: Browse = "chosen"
+    """cases the report shows in its viewer: best, median, worst and largest errors up to 30 MB; all: a page
+    for each case too"""
     different: str | None = None
     """CSV file, two columns of case ids: pairs that look alike, and a person saw that they are two people"""
     allow_seen: bool = False
@@ -323,10 +327,14 @@ def main(config: EvaluationConfig) -> None:
     write_json(folder / "summary.json", summary)
     log_summary(summary)
     counts = {cohort: audit.counts["tta"] for cohort, audit in audits.items()}
-    pictures = {cohort: audit.pictures for cohort, audit in audits.items() if cohort != "validation"}
-    results = AuditResults(run, summary, rows, leakage, counts, pictures)
-    write_report(folder / "report.html", results, draw_figures(results, folder))
+    kept = {cohort: audit.kept for cohort, audit in audits.items()}
+    open_case = open_cases(audited.cohorts, kept, model.modalities)
+    notes = list_notes(audited.cohorts, leakage, model.find_doubts)
+    results = AuditResults(run, summary, rows, leakage, counts, open_case, notes)
+    write_report(folder / "report.html", results, draw_figures(results, folder), config.browse)
     log.info("report: %s", folder / "report.html")
+    if folder == run / "evaluation":
+        write_run_pages(run)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -360,6 +368,7 @@ def choose_scoring(config: EvaluationConfig) -> ScoreSettings | None:
         allow_missing=config.allow_missing,
         output=Path(config.output) if config.output else None,
         seed=config.seed,
+        browse=config.browse,
     )
 
 
@@ -438,7 +447,7 @@ class CaseAudit(NamedTuple):
     rows: list[dict[str, Any]]  # one per mode and region
     counts: dict[str, np.ndarray]  # per mode TP, FP and FN at each of THRESHOLDS (R, T, 3)
     bins: dict[str, np.ndarray]  # per mode `reliability_counts` of the brain's voxels (R, B, 3)
-    picture: CasePicture | None = None  # of the first region with TTA; None in validation
+    kept: KeptPrediction | None = None  # with TTA, for the report's viewer; None in validation
 
 
 class CohortAudit(NamedTuple):
@@ -447,7 +456,7 @@ class CohortAudit(NamedTuple):
     rows: pd.DataFrame  # of all cases
     counts: dict[str, np.ndarray]  # those of the cases, added up
     bins: dict[str, np.ndarray]
-    pictures: dict[str, CasePicture]  # by case id; empty in validation
+    kept: dict[str, KeptPrediction]  # by case id; empty in validation
 
 
 def evaluate_cohort(
@@ -468,8 +477,8 @@ def evaluate_cohort(
     bins = {mode: sum(audit.bins[mode] for audit in audits) for mode in MODES}
     rows = pd.DataFrame([row for audit in audits for row in audit.rows])
     rows.insert(rows.columns.get_loc("mode") + 1, "seen_in_training", rows["case"].isin(seen))
-    pictures = {audit.rows[0]["case"]: audit.picture for audit in audits if audit.picture}
-    return CohortAudit(rows, counts, bins, pictures)
+    kept = {audit.rows[0]["case"]: audit.kept for audit in audits if audit.kept}
+    return CohortAudit(rows, counts, bins, kept)
 
 
 def log_spacing(model: TrainedModel, cohort: str, cases: Sequence[PreparedCase]) -> None:
@@ -517,10 +526,8 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
             row |= measure_case(reference[index], predictions[index], case.spacing_mm)
             row |= {"uncertainty": uncertainties[index] if mode == "tta" else float("nan")}
             rows.append(row | {"seconds_three_views": round(seconds, 3)})
-    picture = None
-    if cohort != "validation":
-        picture = take_picture(first_present(case, volume), reference[0], masks["tta"][0], case.spacing_mm)
-    return CaseAudit(rows, counts, bins, picture)
+    kept = None if cohort == "validation" else keep_prediction(masks["tta"], views.mean(0))
+    return CaseAudit(rows, counts, bins, kept)
 
 
 def masks_by_mode(

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 import dataset_balance_v2 as dataset
 import inference_v2 as inference
 import model_drunet_v2 as model
-from audit import overlays, plots, postprocess
+from audit import overlays, pages, plots, postprocess
 from cohort import cache, folds, initial, phantom, selection, several
 from cohort.network import check_network_settings, check_widths
 from cohort.selection import TrainingSource
@@ -706,6 +706,8 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
         )
     shares = (config.tumour_share, config.empty_share)
     weights = dataset.balance_cohorts(table, cases, config.source.weight_of_cohort, *shares)
+    if ranks.is_main():
+        files.write_atomically(run.folder / "balance.csv", dataset.balance_shares(table, weights).to_csv)
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
     varied = {"strip": config.strip, "modality_dropout": config.modality_dropout}
     slabs = dataset.SlabDataset(cases, table, config.context, config.size, **varied)
@@ -725,6 +727,7 @@ def open_run(
     chosen = ranks.from_main(chosen)
     if ranks.is_main():
         made = {"command": command.command_line(), "ranks": ranks.world_size()}
+        made |= {"split_patients": chosen.count_patients()}
         made |= {"hardware": machine.describe_machine(device), "versions": machine.describe_versions()}
         files.write_json(folder / "config.json", {**command.to_plain(config), **chosen.facts, **made})
     names = ("config.json", "split.json", "skipped.csv", "held_out.csv")
@@ -860,6 +863,7 @@ def train_run(config: TrainConfig) -> None:
     )
     if ranks.is_main():
         add_postprocessing(run, cases["validation"])
+        pages.write_run_pages(run.folder)
     log.info(f"audit it: python final_evaluation_v2.py --run {run.folder}")
 
 

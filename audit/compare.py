@@ -13,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 
+from audit.comparison_page import write_comparison_page
+from audit.pages import attempt, write_index
 from audit.plots import plot_comparison
-from audit.report import format_interval
 from audit.results import read_summary
-from audit.statistics import compare_paired
+from audit.statistics import compare_paired, format_spread
 from cohort.folds import is_run_of_folds, list_checkpoints
 from cohort.phantom import PHANTOM_NOTE
 from runtime.checkpoints import load_checkpoint
@@ -182,7 +183,7 @@ def tabulate_comparison(cohorts: dict[str, Any]) -> pd.DataFrame:
                         "A": f"{means['mean_a']:.4f}",
                         "B": f"{means['mean_b']:.4f}",
                         "A - B": f"{difference['mean']:+.4f}",
-                        "95 % CI": format_interval(difference["ci95"], "{:+.4f}"),
+                        "95 % CI": format_spread(difference, "{:+.4f}"),
                         "sign-flip p": f"{difference['p_sign_flip']:.3g}",
                         "cases / patients": f"{entry['n_cases']} / {entry['n_patients']}",
                     }
@@ -232,7 +233,7 @@ def note_of_modes(comparison: dict[str, Any]) -> str:
 
 
 def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
-    """Compare two audited runs over their common test cases; log, write comparison.json and .png.
+    """Compare two audited runs over their common test cases; log, write page, numbers and plot.
 
     `output` is the folder to write to, None for comparison_A_B beside the first run.
     """
@@ -251,4 +252,7 @@ def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
     note += f" ({PHANTOM_NOTE})" if comparison["data_kind"] == "phantom" else ""
     plot_comparison(folder / "comparison.png", paired, comparison["cohorts"], (first.name, second.name), note)
     log_comparison(comparison)
-    log.info("comparison.json and comparison.png are in %s", folder)
+    page, table = folder / "comparison.html", tabulate_comparison(comparison["cohorts"])
+    attempt(page, lambda: write_comparison_page(page, comparison, paired, table))
+    log.info("comparison.html, comparison.json and comparison.png are in %s", folder)
+    write_index(first.parent)

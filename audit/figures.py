@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from audit.overlays import plot_ranked_cases
+from audit.overlays import plot_ranked_cases, take_picture
 from audit.plots import (
     plot_bland_altman,
     plot_curves,
@@ -14,8 +14,9 @@ from audit.plots import (
     plot_precision_recall,
     plot_reliability,
     plot_tta_gain,
+    save_chart,
 )
-from audit.results import AuditResults, headline_mode
+from audit.results import AuditResults, CasePicture, CaseVolumes, headline_mode, rank_cases
 from cohort.phantom import PHANTOM_NOTE
 from runtime.errors import InputError
 from runtime.log import log
@@ -23,9 +24,8 @@ from runtime.tables import read_columns
 from utils_v2 import THRESHOLDS
 
 CAPTIONS = {
-    "training_curves.png": "Training: loss, Dice and learning rate over epochs.",
     "dice_per_case.png": "Dice of each test case, sorted, with TTA; the band is the bootstrap 95 % interval "
-    "of the mean.",
+    "of the mean (none is stated of fewer than six patients).",
     "dice_against_volume.png": "Dice against the tumour volume of the reference, with TTA.",
     "volume_bland_altman.png": "Volume error: prediction minus reference against their mean, with TTA; lines "
     "at the mean and the limits of agreement (mean and 1.96 SD over cases).",
@@ -37,6 +37,7 @@ CAPTIONS = {
     "threshold used.",
     "calibration.png": "Calibration on validation: share of reference tumour among the brain's voxels of "
     "each probability, and how many voxels there are (voxels pooled, before post-processing).",
+    "training_curves.png": "Training: loss, Dice and learning rate over epochs.",
 }
 
 
@@ -63,7 +64,7 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     log_path = results.run / "log.csv"
     epochs = read_epochs(log_path)
     if len(epochs):
-        plot_curves(folder / "training_curves.png", epochs, results.run.name + note)
+        plot_curves(folder / "training_curves.png", epochs, results.run.name + note, save_chart)
     else:
         del captions["training_curves.png"]
     plot_dice_per_case(folder / "dice_per_case.png", tested, cohorts, note)
@@ -83,9 +84,14 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
         for name in NEED_NETWORK:
             del captions[name]
     region = results.rows["region"].iloc[0]
-    for cohort, pictures in results.pictures.items():
+    for cohort in tested["cohort"].unique():
+        if cohort == "external_unseen":  # its cases are in external
+            continue
         ranked = rank_cases(results.rows, region, cohort)
-        panels = {f"{rank}: {case}, Dice {dice:.3f}": pictures[case] for rank, (case, dice) in ranked.items()}
+        panels = {
+            f"{rank}: {case}, Dice {dice:.3f}": picture_first_region(results.open_case(cohort, case))
+            for rank, (case, dice) in ranked.items()
+        }
         plot_ranked_cases(folder / f"cases_{cohort}.png", panels, f"{cohort}, {region}{note}")
         caption = f"Best, median and worst {cohort} case by {region} Dice, with TTA."
         captions[f"cases_{cohort}.png"] = caption if mode == "tta" else without_tta(caption)
@@ -109,14 +115,7 @@ def without_tta(caption: str) -> str:
     return caption.replace(", with TTA", "")
 
 
-def rank_cases(rows: pd.DataFrame, region: str, cohort: str) -> dict[str, tuple[str, float]]:
-    """Return id and Dice of the cases with the best, median and worst Dice (TTA, if any); each case once."""
-    of_cohort = rows[(rows["cohort"] == cohort) & (rows["region"] == region)]
-    of_cohort = of_cohort[of_cohort["mode"] == headline_mode(of_cohort)]
-    ordered = of_cohort.sort_values("dice", ascending=False)
-    cases = list(zip(ordered["case"], ordered["dice"], strict=True))
-    ranked: dict[str, tuple[str, float]] = {}
-    for rank, position in (("best", 0), ("median", len(cases) // 2), ("worst", len(cases) - 1)):
-        if cases[position] not in ranked.values():
-            ranked[rank] = cases[position]
-    return ranked
+def picture_first_region(volumes: CaseVolumes) -> CasePicture:
+    """Return `take_picture` of a case's first modality and region."""
+    intensities, masks = next(iter(volumes.images.values())), next(iter(volumes.predictions.values()))
+    return take_picture(intensities, volumes.reference[0], masks[0], volumes.spacing_mm)

@@ -11,7 +11,7 @@ from cohort.cache import PreparedCase
 from cohort.split import SPLIT_PARTS
 from runtime.files import file_sha256
 
-Audit = TypeVar("Audit", bound=tuple)  # of a cohort: rows, counts, bins, pictures
+Audit = TypeVar("Audit", bound=tuple)  # of a cohort: rows, counts, bins, kept
 COHORTS = ("validation", "internal", "external")  # in the order of the output
 
 
@@ -38,7 +38,7 @@ def join_cohorts(parts: Sequence[Mapping[str, Audit]]) -> dict[str, Audit]:
             rows=join_rows([audit.rows for audit in audits]),
             counts={mode: sum(audit.counts[mode] for audit in audits) for mode in audits[0].counts},
             bins={mode: sum(audit.bins[mode] for audit in audits) for mode in audits[0].bins},
-            pictures={case: picture for audit in audits for case, picture in audit.pictures.items()},
+            kept={case: prediction for audit in audits for case, prediction in audit.kept.items()},
         )
     return joined
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from audit.plots import REGION_COLOURS, save_figure
 from audit.results import CasePicture
 
-REFERENCE_COLOUR, PREDICTION_COLOUR = "#35e0a1", "#ff4d6d"
+REFERENCE_COLOUR, PREDICTION_COLOUR = "#56b4e9", "#f0a014"  # as in viewer.js; told apart by the colour-blind
 BATCH_SHOWN, BATCH_TINT = 16, 0.25
 
 
@@ -70,7 +70,7 @@ def plot_overlay(
         show_slice(axes, intensities[z], window, contours, spacing_mm)
         axes.set_title(f"slice {z}", color="white", fontsize=9)
     note = f"prediction: {', '.join(regions)}" if len(rows) else "no tumour predicted"
-    figure.suptitle(f"{case_id}, {note}", color="white", fontsize=10)
+    figure.suptitle(f"{case_id}, {note}", color="white", fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 
@@ -97,7 +97,7 @@ def plot_ranked_cases(path: Path, pictures: Mapping[str, CasePicture], title: st
         contours = [(picture.reference, REFERENCE_COLOUR), (picture.prediction, PREDICTION_COLOUR)]
         pixels = picture.pixels.astype(np.float32)
         show_slice(axes, pixels, picture.window, contours, picture.spacing_mm)
-        axes.set_title(f"{name}\nslice {picture.z}", color="white", fontsize=9)
+        axes.set_title(f"{name}\nslice {picture.z}", color="white", fontsize=9, parse_math=False)
     handles = [
         mpl.lines.Line2D([], [], color=colour, label=label)
         for colour, label in ((REFERENCE_COLOUR, "reference"), (PREDICTION_COLOUR, "prediction"))

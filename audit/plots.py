@@ -1,7 +1,9 @@
 """Charts of a run and of its audit. Every figure says over what its numbers are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
+from xml.sax.saxutils import escape, quoteattr
 
 import matplotlib as mpl
 import numpy as np
@@ -11,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from audit.results import headline_mode
+from audit.statistics import format_spread
 from runtime.files import write_atomically
 from runtime.log import log
 
@@ -46,6 +49,55 @@ def try_to_draw(path: Path, draw: Callable[[], None]) -> None:
         log.warning("%s is not drawn (%s: %s)", path, type(error).__name__, " ".join(str(error).split()))
 
 
+class Dots(NamedTuple):
+    """Where the cases of a chart are: hovered they say which they are, clicked they open the viewer."""
+
+    axes: mpl.axes.Axes
+    x: Sequence[float]  # in the axes' units
+    y: Sequence[float]
+    rows: pd.DataFrame  # of metrics_per_case.csv, in the order of the points
+
+
+SVG_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "drunet",
+}  # text stays text; the same chart, the same file
+
+
+def save_chart(figure: Figure, path: Path, dots: Sequence[Dots] = ()) -> None:
+    """Write a figure as PNG and as SVG beside it; in the SVG an invisible circle says each dot's case."""
+    save_figure(figure, path)
+    figure.set_layout_engine("none")  # it is laid out by now, and that takes most of the time
+
+    def write(target: Path) -> None:
+        with mpl.rc_context(SVG_STYLE):
+            figure.savefig(target, metadata={"Date": None})
+        text = target.read_text(encoding="utf-8")
+        circles = "".join(circle for each in dots for circle in _circles(figure, each))
+        target.write_text(text.replace("</svg>", f"{circles}</svg>"), encoding="utf-8")
+
+    write_atomically(path.with_suffix(".svg"), write)
+
+
+def _circles(figure: Figure, dots: Dots) -> list[str]:
+    """Return an SVG circle per case, in points from the upper left corner as matplotlib's SVG has them."""
+    points = dots.axes.transData.transform(np.column_stack([dots.x, dots.y]).astype(float))
+    shares = figure.transFigure.inverted().transform(points)
+    size = figure.get_size_inches() * 72
+    radius = 5 if len(points) <= 40 else 3.5
+    circles = []
+    for (x, y), row in zip(shares * size, dots.rows.to_dict("records"), strict=True):
+        if np.isfinite([x, y]).all():
+            cohort = row["cohort"].removesuffix("_unseen")  # those cases are in external
+            key, region = quoteattr(f"{cohort}/{row['case']}"), quoteattr(row["region"])
+            words = escape(f"{row['case']}, {cohort}: {row['region']} Dice {row['dice']:.3f}")
+            circles.append(
+                f'<circle class="dot" data-case={key} data-region={region} cx="{x:.1f}" '
+                f'cy="{size[1] - y:.1f}" r="{radius}" fill-opacity="0"><title>{words}</title></circle>\n'
+            )
+    return circles
+
+
 def tidy(axes: mpl.axes.Axes) -> None:
     """Take off the upper and right frame and draw a quiet grid."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -53,7 +105,9 @@ def tidy(axes: mpl.axes.Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def plot_curves(path: Path, log: pd.DataFrame, title: str) -> None:
+def plot_curves(
+    path: Path, log: pd.DataFrame, title: str, save: Callable[[Figure, Path], None] = save_figure
+) -> None:
     """Draw a run's log: loss, Dice (training slabs and validation cases) and learning rate over epochs."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     loss, dice, rate = figure.subplots(1, 3)
@@ -87,8 +141,8 @@ def plot_curves(path: Path, log: pd.DataFrame, title: str) -> None:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         tidy(axes)
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    save(figure, path)
 
 
 def plot_balance(before: pd.Series, after: pd.Series, path: Path) -> None:
@@ -135,17 +189,22 @@ def _panels(
 
 
 def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
-    """Draw the Dice of each case with TTA, sorted, with the mean and its bootstrap 95 % interval."""
+    """Draw the Dice of each case with TTA, sorted, with the mean and its bootstrap 95 % interval, if any."""
     mode = headline_mode(rows)
     figure, panels = _panels(rows, 5.2, 3.4)
+    dots = []
     for (cohort, region), axes in panels.items():
         chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == mode)]
-        values = np.sort(chosen["dice"].to_numpy())[::-1]
+        chosen = chosen.sort_values("dice", ascending=False, kind="stable")
+        values = chosen["dice"].to_numpy()
+        dots.append(Dots(axes, np.arange(1, len(values) + 1), values, chosen))
         summary = cohorts[cohort][region][mode]["dice"]
         colour = COHORT_COLOURS[cohort]
         if summary["ci95"]:
             label = "95 % interval of the mean"
             axes.axhspan(*summary["ci95"], color=colour, alpha=0.15, linewidth=0, label=label)
+        else:
+            axes.plot([], [], " ", label=format_spread(summary, "{:.3f}"))
         axes.axhline(summary["mean"], color=colour, linewidth=1.2, label=f"mean {summary['mean']:.3f}")
         axes.axhline(
             summary["median"],
@@ -165,31 +224,35 @@ def plot_dice_per_case(path: Path, rows: pd.DataFrame, cohorts: dict, note: str)
         axes.legend(frameon=False, fontsize=8, loc="lower left")
         tidy(axes)
     figure.suptitle(f"Dice per case{MODE_NOTE[mode]}{note}", fontsize=11)
-    save_figure(figure, path)
+    save_chart(figure, path, dots)
 
 
 def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
     """Draw Dice with TTA against the reference volume in ml, on a logarithmic axis; empty ones counted."""
     mode = headline_mode(rows)
     figure, panels = _panels(rows, 5.2, 3.4)
+    dots = []
     for (cohort, region), axes in panels.items():
         chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == mode)]
         present = chosen["reference_ml"] > 0
         shown = chosen[present]
+        dots.append(Dots(axes, shown["reference_ml"], shown["dice"], shown))
         axes.scatter(
             shown["reference_ml"], shown["dice"], color=COHORT_COLOURS[cohort], s=26, alpha=0.85, linewidths=0
         )
         for row in shown.nsmallest(2, "dice").itertuples():
             left = row.reference_ml > shown["reference_ml"].median()
-            axes.annotate(
-                row.case,
+            label = axes.annotate(
+                row.case if len(row.case) <= 30 else f"{row.case[:29]}\u2026",
                 (row.reference_ml, row.dice),
                 fontsize=7,
                 color="#50585f",
                 ha="right" if left else "left",
                 textcoords="offset points",
                 xytext=(-6 if left else 6, -2),
+                parse_math=False,  # a name may hold dollar signs
             )
+            label.set_in_layout(False)  # a long name takes no room from the axes
         axes.set_xscale("log")
         for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             ticks(mpl.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
@@ -200,14 +263,16 @@ def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
         axes.set_title(f"{cohort}, n = {len(shown)}", fontsize=10)
         tidy(axes)
     figure.suptitle(f"Dice against tumour volume{MODE_NOTE[mode]}{note}", fontsize=11)
-    save_figure(figure, path)
+    save_chart(figure, path, dots)
 
 
 def plot_dice_against_uncertainty(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
     """Draw Dice with TTA against the column `uncertainty`, with the rank correlation; empty masks open."""
     figure, panels = _panels(rows, 5.2, 3.4)
+    dots = []
     for (cohort, region), axes in panels.items():
         chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == "tta")]
+        dots.append(Dots(axes, chosen["uncertainty"], chosen["dice"], chosen))
         is_empty = chosen["prediction_ml"] == 0
         colour = COHORT_COLOURS[cohort]
         for shown, fill in ((chosen[~is_empty], colour), (chosen[is_empty], "none")):
@@ -221,7 +286,7 @@ def plot_dice_against_uncertainty(path: Path, rows: pd.DataFrame, cohorts: dict,
         axes.set_title(f"{cohort}: rank correlation {known}, n = {found['n']}", fontsize=10)
         tidy(axes)
     figure.suptitle(f"Dice against uncertainty, with TTA{note}", fontsize=11)
-    save_figure(figure, path)
+    save_chart(figure, path, dots)
 
 
 def plot_precision_recall(
@@ -263,17 +328,20 @@ def plot_precision_recall(
         axes.legend(frameon=False, fontsize=8, loc="lower left")
         tidy(axes)
     figure.suptitle(f"Precision and recall, with TTA\n{note.strip()}".rstrip(), fontsize=11)
-    save_figure(figure, path)
+    save_chart(figure, path)
 
 
 def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
-    """Draw Dice with TTA minus Dice without per case, sorted, with the mean and its 95 % interval."""
+    """Draw Dice with TTA minus Dice without per case, sorted, with the mean and its 95 % interval, if any."""
     figure, panels = _panels(rows, 5.2, 3.2)
+    dots = []
     for (cohort, region), axes in panels.items():
-        chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region)].pivot(
-            index="case", columns="mode", values="dice"
-        )
-        gain = np.sort((chosen["tta"] - chosen["plain"]).to_numpy())[::-1]
+        of_panel = rows[(rows["cohort"] == cohort) & (rows["region"] == region)]
+        chosen = of_panel.pivot(index="case", columns="mode", values="dice")
+        gains = (chosen["tta"] - chosen["plain"]).sort_values(ascending=False, kind="stable")
+        gain = gains.to_numpy()
+        with_tta = of_panel[of_panel["mode"] == "tta"].set_index("case", drop=False).loc[gains.index]
+        dots.append(Dots(axes, np.arange(1, len(gain) + 1), gain, with_tta))
         summary = cohorts[cohort][region]["tta_gain"]
         axes.axhline(0, color="#333c47", linewidth=0.8)
         axes.bar(
@@ -283,7 +351,7 @@ def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> N
         title = f"{cohort}: mean {summary['mean']:+.4f}"
         if summary["ci95"]:
             axes.axhspan(*summary["ci95"], color=COHORT_COLOURS[cohort], alpha=0.18, linewidth=0, zorder=0)
-            title += ", 95 % interval {:+.4f} to {:+.4f}".format(*summary["ci95"])
+        title += ", " + format_spread(summary, "{:+.4f}", "95 % interval ")
         axes.set_title(title, fontsize=10)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         axes.set_xlim(0.4, len(gain) + 0.6)
@@ -291,13 +359,14 @@ def plot_tta_gain(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> N
         axes.set_ylabel(f"{region} Dice, TTA - plain")
         tidy(axes)
     figure.suptitle(f"What test-time augmentation changes{note}", fontsize=11)
-    save_figure(figure, path)
+    save_chart(figure, path, dots)
 
 
 def plot_bland_altman(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
     """Draw the volume error in ml against the mean of prediction and reference, with limits of agreement."""
     mode = headline_mode(rows)
     figure, panels = _panels(rows, 5.2, 3.4)
+    dots = []
     for (cohort, region), axes in panels.items():
         chosen = rows[(rows["cohort"] == cohort) & (rows["region"] == region) & (rows["mode"] == mode)]
         colour = COHORT_COLOURS[cohort]
@@ -306,12 +375,15 @@ def plot_bland_altman(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) 
         axes.axhline(error["mean"], color=colour, linewidth=1.4, label=f"mean {error['mean']:+.1f} ml")
         if error["ci95"]:
             axes.axhspan(*error["ci95"], color=colour, alpha=0.15, linewidth=0, label="95 % interval of it")
+        else:
+            axes.plot([], [], " ", label=format_spread(error, "{:+.1f} ml"))
         if limits := error["limits_of_agreement"]:
             label = "limits of agreement {:+.1f} and {:+.1f} ml".format(*limits)
             for edge in limits:
                 axes.axhline(edge, color=colour, linewidth=1, linestyle="--", label=label)
                 label = None
         mean_ml = (chosen["prediction_ml"] + chosen["reference_ml"]) / 2
+        dots.append(Dots(axes, mean_ml, chosen["volume_error_ml"], chosen))
         axes.scatter(mean_ml, chosen["volume_error_ml"], color=colour, s=26, alpha=0.85, linewidths=0)
         reach = 1.15 * max(
             [*map(abs, error["limits_of_agreement"] or []), *abs(chosen["volume_error_ml"]), 0.1]
@@ -324,7 +396,7 @@ def plot_bland_altman(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) 
         axes.legend(frameon=False, fontsize=8, loc="upper left")
         tidy(axes)
     figure.suptitle(f"Volume error per case (Bland-Altman){MODE_NOTE[mode]}{note}", fontsize=11)
-    save_figure(figure, path)
+    save_chart(figure, path, dots)
 
 
 def plot_reliability(path: Path, calibration: dict, note: str) -> None:
@@ -366,7 +438,7 @@ def plot_reliability(path: Path, calibration: dict, note: str) -> None:
     figure.suptitle(
         f"Calibration on validation (ECE: expected calibration error)\n{note.strip()}".rstrip(), fontsize=11
     )
-    save_figure(figure, path)
+    save_chart(figure, path)
 
 
 def plot_comparison(
@@ -395,9 +467,8 @@ def plot_comparison(
         axes.set_xlabel(f"{region} Dice, B: {names[1]}")
         axes.set_ylabel(f"{region} Dice, A: {names[0]}")
         title = f"{cohort}, n = {len(chosen)}: A - B {difference['mean']:+.4f}"
-        if difference["ci95"]:
-            title += "\n95 % interval {:+.4f} to {:+.4f}".format(*difference["ci95"])
-            title += f", sign-flip p {difference['p_sign_flip']:.3g}"
+        title += "\n" + format_spread(difference, "{:+.4f}", "95 % interval ")
+        title += f", sign-flip p {difference['p_sign_flip']:.3g}"
         axes.set_title(title, fontsize=10)
         tidy(axes)
         axes.grid(axis="x", color="#e6e9ec", linewidth=0.8)

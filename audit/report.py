@@ -1,25 +1,44 @@
 """The audit in words: tables for the terminal and a self-contained report.html. Numbers come from outside."""
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
+from markupsafe import Markup
 
+from audit.browse import (
+    PAGE_BYTES,
+    Browse,
+    clear_case_pages,
+    embed_cases,
+    order_cases,
+    pack_case,
+    tested_rows,
+)
 from audit.folds import tabulate_folds
+from audit.glossary import TERMS
+from audit.headline import describe_errors, find_worst, list_marks, make_cards, write_sentences
+from audit.page import write_page
 from audit.postprocess import describe_postprocessing
 from audit.results import AuditResults, headline_mode
+from audit.statistics import format_spread
 from cohort.leakage import EVIDENCE, NOTES
 from cohort.phantom import PHANTOM_NOTE
-from runtime.files import write_atomically
-from runtime.log import log
+from runtime.files import mark_output_folder
+from runtime.log import log, progress
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
 MODE_NAMES = {"plain": "plain", "tta": "TTA"}
 PROVENANCE = ("command", "checkpoint_sha256", "split_sha256", "hardware", "versions")
-WORST_CASES = 3  # per cohort and region
+CASE_COLUMNS = (
+    "case", "cohort", "region", "Dice", "HD95 mm", "lesions", "reference ml", "prediction ml", "uncertainty",
+    "notes",
+)  # fmt: skip
+PAGE_OVERHEAD, ROW_BYTES = 500_000, 1500  # bytes of a page without cases, and of a row of its case table
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -32,9 +51,9 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def format_interval(edges: Sequence[float] | None, style: str, missing: str = "none (one patient)") -> str:
-    """Return both edges in a format style."""
-    return missing if edges is None else " to ".join(style.format(edge) for edge in edges)
+def format_interval(edges: Sequence[float] | None, style: str) -> str:
+    """Return both edges in a format style; "-" for None."""
+    return "-" if edges is None else " to ".join(style.format(edge) for edge in edges)
 
 
 def _lesions(scores: Mapping[str, Any]) -> str:
@@ -73,7 +92,7 @@ def tabulate_scores(summary: Mapping[str, Any]) -> pd.DataFrame:
                     "mode": name,
                     "cases / patients": f"{scores['n_cases']} / {scores['n_patients']}",
                     "Dice per case": format_number(dice["mean"]),
-                    "95 % CI": format_interval(dice["ci95"], "{:.3f}"),
+                    "95 % CI": format_spread(dice, "{:.3f}"),
                     "SD": format_number(dice["sd"]),
                     "median": format_number(dice["median"]),
                     **ratios,
@@ -108,7 +127,7 @@ def tabulate_gains(summary: Mapping[str, Any]) -> pd.DataFrame:
                         **place,
                         "effect of": name,
                         "change of Dice per case": f"{gain['mean']:+.4f}",
-                        "95 % CI": format_interval(gain["ci95"], "{:+.4f}"),
+                        "95 % CI": format_spread(gain, "{:+.4f}"),
                         "sign-flip p": f"{gain['p_sign_flip']:.3g}",
                         "cases": str(gain["n"]),
                     }
@@ -127,12 +146,12 @@ def tabulate_lesions(summary: Mapping[str, Any]) -> pd.DataFrame:
                     **place,
                     "mode": name,
                     "lesion Dice": format_number(scores["lesion_dice"]["mean"]),
-                    "95 % CI": format_interval(scores["lesion_dice"]["ci95"], "{:.3f}"),
+                    "95 % CI": format_spread(scores["lesion_dice"], "{:.3f}"),
                     "lesion HD95 mm": format_number(scores["lesion_hd95_mm"]["mean"], 1),
                     "lesions found / missed / false": _lesions(scores),
                     "volume error ml": f"{error['mean']:+.2f}",
                     "SD": format_number(error["sd"], 2),
-                    "limits of agreement": format_interval(error["limits_of_agreement"], "{:+.2f}", "-"),
+                    "limits of agreement": format_interval(error["limits_of_agreement"], "{:+.2f}"),
                 }
             )
     return pd.DataFrame(rows)
@@ -190,25 +209,6 @@ def tabulate_uncertainty(summary: Mapping[str, Any]) -> pd.DataFrame:
         if (found := modes.get("uncertainty_and_dice"))
     ]
     return pd.DataFrame(rows)
-
-
-def tabulate_worst(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the test cases with the lowest Dice (TTA, where there is) of each cohort and region."""
-    tested = rows[(rows["cohort"] != "validation") & (rows["mode"] == headline_mode(rows))]
-    lowest = tested.sort_values("dice").groupby(["cohort", "region"], sort=False).head(WORST_CASES)
-    cells = [
-        {
-            "cohort": row.cohort,
-            "region": row.region,
-            "case": row.case,
-            "Dice": format_number(row.dice),
-            "HD95 mm": format_number(row.hd95_mm, 1),
-            "reference ml": format_number(row.reference_ml, 1),
-            "prediction ml": format_number(row.prediction_ml, 1),
-        }
-        for row in lowest.sort_values(["cohort", "region"]).itertuples()
-    ]
-    return pd.DataFrame(cells)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -303,31 +303,163 @@ def log_summary(summary: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def write_report(path: Path, results: AuditResults, figures: Mapping[str, Path]) -> None:
-    """Write one HTML file that needs no other; `figures` are {caption: PNG} in the order shown."""
+def write_report(
+    path: Path, results: AuditResults, figures: Mapping[str, Path], browse: Browse = "chosen"
+) -> None:
+    """Write one HTML file that needs no other; `figures` are {caption: PNG} in the order shown.
+
+    Where a figure has an SVG beside its PNG, that is shown. With `browse` "all" each test case gets a page in
+    `cases` beside it, to which the page links.
+    """
     summary = results.summary
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    pictures = [_show_figure(caption, plot) for caption, plot in figures.items()]
+    case_rows = list_cases(results)
+    keys = order_cases(results.rows)
+    describe = functools.partial(describe_case, results)
+    clear_case_pages(path.with_name("cases"))
+    budget = PAGE_BYTES - PAGE_OVERHEAD - ROW_BYTES * len(case_rows) - sum(map(_size_of, pictures))
+    embedded = embed_cases(keys, describe, results.open_case, budget)
+    pages = write_case_pages(path.with_name("cases"), results, describe) if browse == "all" else {}
+    choices = describe_choices(summary)
+    tables = {
+        "scores": tabulate_scores(summary),
+        "folds": tabulate_folds(summary),
+        "sources": tabulate_sources(summary),
+        "gains": tabulate_gains(summary),
+        "lesions": tabulate_lesions(summary),
+        "postprocessing": tabulate_postprocessing(summary),
+        "calibration": tabulate_calibration(summary),
+        "uncertainty": tabulate_uncertainty(summary),
+        "leakage": results.leakage.map(_cell),
+    }
+    used = {word for table in tables.values() for word in table.columns} | set(CASE_COLUMNS)
+    cards = make_cards(summary)
+    write_page(
+        path,
+        "report.html.j2",
         run=results.run.name,
+        # written after this page, see audit/pages.py
+        has_run_page=path.parent == results.run / "evaluation" and (results.run / "best.pt").is_file(),
+        is_real=summary["data_kind"] != "phantom",
         warnings=list_warnings(summary),
-        choices=describe_choices(summary),
-        tables={
-            "scores": tabulate_scores(summary),
-            "sources": tabulate_sources(summary),
-            "gains": tabulate_gains(summary),
-            "lesions": tabulate_lesions(summary),
-            "postprocessing": tabulate_postprocessing(summary),
-            "calibration": tabulate_calibration(summary),
-            "uncertainty": tabulate_uncertainty(summary),
-            "folds": tabulate_folds(summary),
-            "worst": tabulate_worst(results.rows),
-            "leakage": results.leakage,
-        },
-        figures={caption: base64.b64encode(plot.read_bytes()).decode() for caption, plot in figures.items()},
+        cards=cards,
+        has_tta=headline_mode(results.rows) == "tta",
+        marks=list_marks(summary, results.notes, choices["postprocessing"]),
+        sentences=write_sentences(summary),
+        worst=find_worst(results.rows),
+        many_regions=len({card.region for card in cards}) > 1,
+        many_cohorts=len({row["cohort"] for row in case_rows}) > 1,
+        cohorts=list(tested_rows(results.rows)["cohort"].unique()),
+        regions=list(results.rows["region"].unique()),
+        case_columns=CASE_COLUMNS,
+        case_rows=case_rows,
+        case_count=len(keys),
+        not_embedded=len(keys) - len(embedded),
+        limit_mb=PAGE_BYTES // 1_000_000,
+        embedded=list(embedded.values()),
+        keys={case["key"] for case in embedded.values()},
+        pages=pages,
+        choices=choices,
+        tables=tables,
+        averaged_over=summary.get("averaged_over", ""),
+        terms=TERMS,
+        used_terms={word: meaning for word, meaning in TERMS.items() if word in used},
+        figures=pictures,
         provenance={name: summary[name] for name in PROVENANCE if summary[name] is not None},
         scored=summary.get("predictions"),
-        averaged_over=summary.get("averaged_over", ""),
     )
-    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def list_cases(results: AuditResults) -> list[dict[str, Any]]:
+    """Return the rows of the page's case table, one per test case and region, the lowest Dice first."""
+    return [
+        {
+            "key": f"{row.cohort}/{row.case}",
+            "case": row.case,
+            "cohort": row.cohort,
+            "region": row.region,
+            "cells": (
+                format_number(row.dice),
+                format_number(row.hd95_mm, 1),
+                f"{row.lesions_tp} / {row.lesions_fn} / {row.lesions_fp}",
+                format_number(row.reference_ml, 1),
+                format_number(row.prediction_ml, 1),
+                format_number(_known(getattr(row, "uncertainty", None))),
+            ),
+            "notes": "; ".join(note_case(results, row)),
+        }
+        for row in tested_rows(results.rows).sort_values("dice", kind="stable").itertuples()
+    ]
+
+
+def _cell(value: Any) -> str:
+    """Return a cell of leakage.csv for the page: three decimals, "-" for what is not known."""
+    if isinstance(value, float):
+        return format_number(_known(value))
+    return str(value)
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def note_case(results: AuditResults, row: Any) -> list[str]:
+    """Return what a reader must know of a case: a row of metrics_per_case.csv as a named tuple."""
+    notes = list(results.notes.get((row.cohort, row.case), ()))
+    if not pd.isna(row.seen_in_training) and row.seen_in_training:  # neither: not known
+        notes.insert(0, "seen in training or validation")
+    if not row.reference_ml:
+        notes.append(f"{row.region}: reference empty")
+    if not row.prediction_ml:
+        notes.append(f"{row.region}: nothing predicted")
+    return notes
+
+
+def describe_case(results: AuditResults, cohort: str, case_id: str) -> dict[str, Any]:
+    """Return what the viewer says of a case beside its volumes."""
+    tested = tested_rows(results.rows)
+    rows = list(tested[(tested["cohort"] == cohort) & (tested["case"] == case_id)].itertuples())
+    numbers = [f"{row.region} Dice {row.dice:.3f}, HD95 {row.hd95_mm:.1f} mm" for row in rows]
+    notes = [f"{row.region}: {describe_errors(row._asdict())}" for row in rows]
+    if len(rows) == 1:
+        notes = [describe_errors(rows[0]._asdict())]
+    return {
+        "key": f"{cohort}/{case_id}",
+        "name": case_id,
+        "about": f"{cohort}. " + "; ".join(numbers),
+        "notes": list(dict.fromkeys([*notes, *(note for row in rows for note in note_case(results, row))])),
+        "regions": [row.region for row in rows],
+    }
+
+
+def write_case_pages(
+    folder: Path, results: AuditResults, describe: Callable[[str, str], dict[str, Any]]
+) -> dict[str, str]:
+    """Write a page per test case into `folder` and return {key: file name}."""
+    mark_output_folder(folder)
+    tested = tested_rows(results.rows)
+    names = {}
+    cases = list(tested[["cohort", "case"]].drop_duplicates().itertuples(index=False))
+    for number, (cohort, case_id) in enumerate(progress(cases, "case pages", "case"), 1):
+        case = pack_case(results.open_case(cohort, case_id), describe(cohort, case_id))
+        names[case["key"]] = f"{number:04d}.html"  # a number, as a case's name may be anything
+        is_real = results.summary["data_kind"] != "phantom"
+        page = folder / names[case["key"]]
+        write_page(page, "case.html.j2", run=results.run.name, case=case, is_real=is_real)
+    return names
+
+
+def _show_figure(caption: str, plot: Path) -> dict[str, Any]:
+    """Return a figure for the template: its SVG where there is one, else its PNG as base64."""
+    drawing = plot.with_suffix(".svg")
+    if not drawing.exists():
+        png = base64.b64encode(plot.read_bytes()).decode()
+        return {"caption": caption, "png": png, "svg": "", "is_wide": True}
+    text = drawing.read_text(encoding="utf-8")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)  # several figures are on one page
+    return {"caption": caption, "png": "", "svg": Markup(text), "is_wide": False}  # escaped when it was drawn
+
+
+def _size_of(picture: Mapping[str, Any]) -> int:
+    return len(picture["png"]) + len(picture["svg"])

@@ -1,6 +1,7 @@
 """What an audit hands to its report and figures."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -41,13 +42,37 @@ class CasePicture(NamedTuple):
     spacing_mm: tuple[float, float, float]  # (D, H, W)
 
 
+class CaseVolumes(NamedTuple):
+    """What a viewer shows of one case, on its native grid."""
+
+    images: dict[str, np.ndarray]  # per modality (D, H, W); the first is shown first
+    reference: np.ndarray  # (R, D, H, W) bool
+    predictions: dict[str, np.ndarray]  # by name (R, D, H, W) bool; two where runs are compared
+    probability: np.ndarray | None  # (R, D, H, W) in steps of browse.PROBABILITY_STEPS; None: masks alone
+    spacing_mm: tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class AuditResults:
-    """The numbers and pictures of one audited run."""
+    """The numbers and cases of one audited run."""
 
     run: Path
     summary: dict[str, Any]  # what summary.json holds
     rows: pd.DataFrame  # what metrics_per_case.csv holds
     leakage: pd.DataFrame  # what leakage.csv holds
     counts: dict[str, np.ndarray]  # per cohort TP, FP and FN with TTA at each of THRESHOLDS, (R, T, 3)
-    pictures: dict[str, dict[str, CasePicture]]  # per test cohort and case, of the first region
+    open_case: Callable[[str, str], CaseVolumes]  # of a test cohort and a case id
+    notes: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)  # odd things, by the same
+
+
+def rank_cases(rows: pd.DataFrame, region: str, cohort: str) -> dict[str, tuple[str, float]]:
+    """Return id and Dice of the cases with the best, median and worst Dice (TTA, if any); each case once."""
+    of_cohort = rows[(rows["cohort"] == cohort) & (rows["region"] == region)]
+    of_cohort = of_cohort[of_cohort["mode"] == headline_mode(of_cohort)]
+    ordered = of_cohort.sort_values("dice", ascending=False)
+    cases = list(zip(ordered["case"], ordered["dice"], strict=True))
+    ranked: dict[str, tuple[str, float]] = {}
+    for rank, position in (("best", 0), ("median", len(cases) // 2), ("worst", len(cases) - 1)):
+        if cases[position] not in ranked.values():
+            ranked[rank] = cases[position]
+    return ranked

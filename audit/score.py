@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from audit.browse import Browse
 from audit.figures import draw_figures
 from audit.measure import measure_case, summarise_all
-from audit.overlays import take_picture
+from audit.pages import write_index
 from audit.report import log_summary, write_report
-from audit.results import AuditResults, CasePicture, read_summary
+from audit.results import AuditResults, CaseVolumes, read_summary
 from cohort.cases import Case, read_modality, with_reference
 from cohort.layouts import CaseSource, log_cases, scan_cases
 from cohort.phantom import is_phantom
@@ -58,6 +59,7 @@ class ScoreSettings:
     allow_missing: bool
     output: Path | None
     seed: int  # of the bootstrap
+    browse: Browse = "chosen"  # which cases the report shows in its viewer
 
     @property
     def name(self) -> str:
@@ -89,10 +91,8 @@ def score_predictions(settings: ScoreSettings) -> None:
         for of_case in map_in_processes(score, matched.pairs, "scoring", "case"):
             scored.append(of_case)
             if signals.is_stopping():
-                rows = pd.DataFrame([row for of_case, _ in scored for row in of_case])
-                raise leave_partial(folder, rows)
-    rows = pd.DataFrame([row for of_case, _ in scored for row in of_case])
-    pictures = {case.case_id: picture for case, (_, picture) in zip(cases, scored, strict=True)}
+                raise leave_partial(folder, pd.DataFrame([row for each in scored for row in each]))
+    rows = pd.DataFrame([row for of_case in scored for row in of_case])
     warn_of_regions(rows)
     write_table(folder / "metrics_per_case.csv", rows)
     (folder / PARTIAL).unlink(missing_ok=True)
@@ -100,9 +100,19 @@ def score_predictions(settings: ScoreSettings) -> None:
     write_json(folder / "summary.json", summary)
     log_summary(summary)
     leakage = pd.DataFrame(columns=["cohort", "case", "evidence", "training_case", "similarity"])
-    results = AuditResults(Path(settings.name), summary, rows, leakage, {}, {COHORT: pictures})
-    write_report(folder / "report.html", results, draw_figures(results, folder))
+    pairs = {pair[0].case_id: pair for pair in matched.pairs}
+    results = AuditResults(
+        Path(settings.name),
+        summary,
+        rows,
+        leakage,
+        {},
+        lambda _, case_id: open_scored(pairs[case_id], regions, as_one),
+    )
+    write_report(folder / "report.html", results, draw_figures(results, folder), settings.browse)
     log.info("report: %s", folder / "report.html")
+    if settings.output is None:
+        write_index(folder.parent.parent)
 
 
 def leave_partial(folder: Path, rows: pd.DataFrame) -> signals.Stopped:
@@ -161,8 +171,8 @@ def choose_pairs(settings: ScoreSettings) -> Matched:
 
 def score_case(
     pair: tuple[Case, tuple[Path, ...]], regions: Sequence[str], is_binary: bool
-) -> tuple[list[dict[str, Any]], CasePicture]:
-    """Return the rows of metrics_per_case.csv of one case, one per region, and its picture."""
+) -> list[dict[str, Any]]:
+    """Return the rows of metrics_per_case.csv of one case, one per region."""
     case, _ = pair
     masks = read_masks(pair, regions, is_binary)
     rows = []
@@ -170,12 +180,21 @@ def score_case(
         row = {"cohort": COHORT, "case": case.case_id, "patient": case.patient_id}
         row |= {"region": region, "mode": "plain", "seen_in_training": None}  # not known
         rows.append(row | measure_case(reference, prediction, masks.spacing_mm))
-    background = np.zeros(masks.reference.shape[1:], np.float32)
+    return rows
+
+
+def open_scored(pair: tuple[Case, tuple[Path, ...]], regions: Sequence[str], is_binary: bool) -> CaseVolumes:
+    """Return masks and first modality of one case, read again; black where that is not on the masks' grid."""
+    case, _ = pair
+    masks = read_masks(pair, regions, is_binary)
+    name, background = "no image", np.zeros(masks.reference.shape[1:], np.float32)
     if case.modalities:
-        intensities, _ = read_modality(case, next(iter(case.modalities)), {})
-        is_alike = intensities.shape == background.shape
-        background = np.nan_to_num(intensities.astype(np.float32)) if is_alike else background
-    return rows, take_picture(background, masks.reference[0], masks.prediction[0], masks.spacing_mm)
+        first = next(iter(case.modalities))
+        intensities, _ = read_modality(case, first, {})
+        if intensities.shape == background.shape:
+            name, background = first, np.nan_to_num(intensities.astype(np.float32))
+    predictions = {"prediction": masks.prediction}
+    return CaseVolumes({name: background}, masks.reference, predictions, None, masks.spacing_mm)
 
 
 def count_identical(rows: pd.DataFrame) -> int:

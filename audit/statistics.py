@@ -4,7 +4,7 @@ Cases of one patient are no independent draws, so whatever is resampled or permu
 cases. Pure functions of arrays; nothing here reads a file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from scipy import stats
 
 BOOTSTRAP_DRAWS = 10_000
 SIGN_FLIPS = 10_000  # random ones; where there are no more patterns than this, each is tried once
+LEAST_PATIENTS = 6  # of an interval; a bootstrap of fewer draws the same few patients again and again
 CALIBRATION_EDGES = np.linspace(0, 1, 21)
 
 
@@ -46,29 +47,43 @@ def bootstrap_means(
 
 
 def summarise(values: Sequence[float], patients: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Return mean, sd, median, ci95 (bootstrap over patients) and n of per-case values, NaN left out.
+    """Return mean, sd, median, range, ci95 (bootstrap over patients) and n of per-case values, NaN left out.
 
-    sd is the sample standard deviation (n - 1). What is not defined is None: sd of one case, ci95 of one
-    patient, everything of no case.
+    sd is the sample standard deviation (n - 1), range the lowest and the highest value. What is not defined
+    is None: sd of one case, ci95 of fewer than LEAST_PATIENTS patients, everything of no case.
     """
     array = np.asarray(values, float)
     defined = ~np.isnan(array)
     left_out = int((~defined).sum())
     if not defined.any():
-        return {"mean": None, "sd": None, "median": None, "ci95": None, "n": 0, "n_undefined": left_out}
+        undefined = dict.fromkeys(("mean", "sd", "median", "range", "ci95"))
+        return undefined | {"n": 0, "n_undefined": left_out}
     array, patients = _select(array, patients, defined)
     ci95 = None
-    if len(set(patients)) > 1:
+    if len(set(patients)) >= LEAST_PATIENTS:
         edges = np.percentile(bootstrap_means(array, patients, seed=seed), [2.5, 97.5])
         ci95 = [float(edge) for edge in edges]
     return {
         "mean": float(array.mean()),
         "sd": float(array.std(ddof=1)) if len(array) > 1 else None,
         "median": float(np.median(array)),
+        "range": [float(array.min()), float(array.max())],
         "ci95": ci95,
         "n": len(array),
         "n_undefined": left_out,
     }
+
+
+def format_spread(summary: Mapping[str, Any], style: str, name: str = "") -> str:
+    """Return the interval of `summarise` in a format style, after `name`; where it has none the range and n.
+
+    A summary of an earlier version may hold neither: then n alone.
+    """
+    if summary["ci95"] is not None:
+        return name + " to ".join(style.format(edge) for edge in summary["ci95"])
+    if summary.get("range") is None:
+        return f"n = {summary['n']}"
+    return "range " + " to ".join(style.format(edge) for edge in summary["range"]) + f", n = {summary['n']}"
 
 
 def sign_flip_p(differences: Sequence[float], patients: Sequence[str], seed: int = 0) -> float | None:

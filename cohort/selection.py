@@ -70,6 +70,14 @@ class Selection:
     different: leakage.Pairs = frozenset()  # pairs that a person declared different
     joined: dict[str, str] = field(default_factory=dict)  # {case id: patient} of `join_patients`
 
+    def count_patients(self) -> dict[str, int]:
+        """Return how many patients each part of the split has."""
+        patient_of = {case.case_id: case.patient_id for case in self.cases}
+        return {
+            part: len({patient_of.get(case_id, case_id) for case_id in self.split[part]})
+            for part in splits.SPLIT_PARTS
+        }
+
     @property
     def facts(self) -> dict[str, Any]:
         """What the run's checkpoints say of its data."""

@@ -154,6 +154,20 @@ def fall_back(folder: Path, error: InputError) -> None:
     os.replace(folder / BEFORE, folder / LAST)
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says beside its weights, which are not read; InputError where it is not ours.
+
+    For lists of many checkpoints; what is computed with goes through `load_checkpoint`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # as in load_checkpoint
+        raise InputError(path, f"not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(content, dict) or content.get("format") not in (CHECKPOINT_FORMAT, WEIGHTS_HASHED):
+        raise InputError(path, "not a DRUnet V2 checkpoint", "use the best.pt or last.pt of a run")
+    return {name: value for name, value in content.items() if name != "model"}
+
+
 def newest_run(results: Path) -> Path:
     """Return the run folder in `results` whose best.pt is newest, or that of one of its folds.
 

@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
+from audit import plots
 from audit.figures import CAPTIONS, draw_figures, rank_cases
 from audit.measure import count_overlap_per_slice, measure_case, summarise_all
 from audit.overlays import REFERENCE_COLOUR, grey_window, plot_batch, take_picture
 from audit.postprocess import threshold_regions
 from audit.report import list_warnings, tabulate_gains, tabulate_scores, write_report
-from audit.results import AuditResults
-from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
+from audit.results import AuditResults, CaseVolumes
+from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise, summarise_calibration
 from utils_v2 import THRESHOLDS, Overlap, overlap_at_thresholds
 
 SPACING_MM = (2.0, 1.0, 1.0)
@@ -159,17 +160,12 @@ def test_a_batch_of_many_slabs_and_nested_regions_is_drawn(tmp_path: Path) -> No
 
 def make_results(run: Path, odd_id: str) -> AuditResults:
     """Return an audit of two cohorts of two cases: one segmented exactly, one by half."""
-    rows, pictures = [], {}
-    counts = {}
+    rows, counts = [], {}
     for cohort in ("validation", "internal"):
         counts[cohort] = np.zeros((1, len(THRESHOLDS), 3), np.int64)
-        pictures[cohort] = {}
         for case, prediction in ((odd_id, HALF), ("exact", REFERENCE)):
             counts[cohort][0] += overlap_at_thresholds(
                 0.9 * prediction.astype(np.float32), REFERENCE, THRESHOLDS
-            )
-            pictures[cohort][case] = take_picture(
-                REFERENCE.astype(np.float16), REFERENCE, prediction, SPACING_MM
             )
             for mode, mask in (("plain", HALF), ("tta", prediction)):
                 row = {"cohort": cohort, "case": case, "patient": case, "region": "WT", "mode": mode}
@@ -190,8 +186,15 @@ def make_results(run: Path, odd_id: str) -> AuditResults:
         "hardware": {"device": "cpu"},
         "versions": {"torch": "2.9"},
     }
-    del pictures["validation"]
-    return AuditResults(run, summary, table, pd.DataFrame(columns=["cohort", "case"]), counts, pictures)
+    masks = {odd_id: HALF, "exact": REFERENCE}
+    leakage = pd.DataFrame(columns=["cohort", "case"])
+    return AuditResults(run, summary, table, leakage, counts, lambda _, case: volumes_of(masks[case]))
+
+
+def volumes_of(prediction: np.ndarray, reference: np.ndarray = REFERENCE) -> CaseVolumes:
+    """Return a case whose image is its reference."""
+    image = {"flair": REFERENCE.astype(np.float16)}
+    return CaseVolumes(image, reference[None], {"prediction": prediction[None]}, None, SPACING_MM)
 
 
 def test_tables_hold_the_numbers_of_the_summary() -> None:
@@ -200,11 +203,39 @@ def test_tables_hold_the_numbers_of_the_summary() -> None:
     # Dice 2/3 of the half and 1 of the exact one; plain is the half twice
     assert scores.loc[("internal", "TTA"), "Dice per case"] == "0.833"
     assert scores.loc[("internal", "plain"), "Dice per case"] == "0.667"
-    assert scores.loc[("internal", "TTA"), "95 % CI"] == "0.667 to 1.000"
+    assert scores.loc[("internal", "TTA"), "95 % CI"] == "range 0.667 to 1.000, n = 2"
     assert scores.loc[("internal", "TTA"), "cases / patients"] == "2 / 2"
     gains = tabulate_gains(summary)
     assert gains["effect of"].tolist() == ["TTA", "TTA"]
     assert gains["change of Dice per case"].tolist() == ["+0.1667", "+0.1667"]
+
+
+def test_plots_of_few_patients_say_range_and_n_and_draw_no_interval(tmp_path: Path, monkeypatch) -> None:
+    results = make_results(Path("run"), "half")
+    rows = results.rows[results.rows["cohort"] == "internal"]
+    cohorts = results.summary["cohorts"]
+    paired = rows.rename(columns={"dice": "dice_a"}).assign(dice_b=0.5)
+    difference = summarise(paired["dice_a"] - 0.5, ["a", "b", "a", "b"]) | {"p_sign_flip": 1.0}
+    compared = {"internal": {"WT": {"tta": {"dice": {"difference": difference}}}}}
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, _: drawn.append(figure))
+    plots.plot_dice_per_case(tmp_path, rows, cohorts, "")
+    plots.plot_tta_gain(tmp_path, rows, cohorts, "")
+    plots.plot_bland_altman(tmp_path, rows, cohorts, "")
+    plots.plot_comparison(tmp_path, paired, compared, ("a", "b"), "")
+    spreads = [
+        "range 0.667 to 1.000, n = 2",
+        "range +0.0000 to +0.3333, n = 2",
+        "range -0.1 ml to +0.0 ml, n = 2",
+        "range +0.1667 to +0.5000, n = 4",
+    ]
+    for figure, spread in zip(drawn, spreads, strict=True):
+        (axes,) = figure.axes
+        legend = axes.get_legend()
+        words = [axes.get_title(), *(text.get_text() for text in (legend.get_texts() if legend else ()))]
+        assert any(spread in text for text in words), words
+        assert not any("95 %" in text for text in words)
+        assert not axes.patches or axes.get_ylabel() == "WT Dice, TTA - plain"  # whose bars are patches
 
 
 def test_seen_cases_are_warned_of() -> None:
@@ -226,28 +257,31 @@ def test_report_shows_ids_whole_and_as_text(tmp_path: Path) -> None:
     assert names == [name for name in CAPTIONS if name != "training_curves.png"] + ["cases_internal.png"]
     write_report(tmp_path / "report.html", results, figures)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert f"<td>&lt;b&gt;{'x' * 80}&amp;&lt;/b&gt;</td>" in text
+    assert f">&lt;b&gt;{'x' * 80}&amp;&lt;/b&gt;</button>" in text
     assert "<title>Audit of &lt;i&gt;run</title>" in text
     assert "<b>" not in text
     assert "<i>" not in text
     assert "No tested case was found in training" in text
-    assert text.count("data:image/png;base64,") == len(figures)
+    assert text.count("data:image/png;base64,") == 1  # the case pictures; charts are SVG
+    assert text.count("<svg ") == len(figures) - 1
     assert "torch 2.9" in text
 
 
 def test_report_lists_what_leaked(tmp_path: Path) -> None:
-    leakage = pd.DataFrame([{"cohort": "internal", "case": "half", "evidence": "content"}])
+    row = {"cohort": "internal", "case": "half", "evidence": "content", "similarity": 0.98765}
+    leakage = pd.DataFrame([row | {"correlation": np.nan}])
     results = dataclasses.replace(make_results(tmp_path, "half"), leakage=leakage)
     write_report(tmp_path / "report.html", results, {})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<td>content</td>" in text
+    assert ">content</td>" in text
+    assert ">0.988</td>" in text
+    assert ">-</td>" in text
     assert "No tested case was found in training" not in text
 
 
 def test_report_with_a_gap_in_its_template_is_not_written(tmp_path: Path, monkeypatch) -> None:
-    template = tmp_path / "report.html.j2"
-    template.write_text("{{ run }} {{ not_there }}")
-    monkeypatch.setattr("audit.report.TEMPLATE", template)
+    (tmp_path / "report.html.j2").write_text("{{ run }} {{ not_there }}")
+    monkeypatch.setattr("audit.page.TEMPLATES", tmp_path)
     with pytest.raises(jinja2.UndefinedError, match="not_there"):
         write_report(tmp_path / "report.html", make_results(tmp_path, "half"), {})
     assert not (tmp_path / "report.html").exists()

@@ -70,11 +70,13 @@ def test_training_leaves_a_run_folder_that_explains_itself(trained, phantom_coho
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "split.json", "log.csv", "batch.png", "curves.png", "best.pt", "last.pt",
-        "last_before.pt", "train.log", "evaluation",
+        "last_before.pt", "train.log", "evaluation", "balance.csv", "index.html", "MODEL_CARD.md",
+        ".drunet_written",
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert config["widths"] == [4, 8, 16]
     assert config["data_kind"] == "phantom"
+    assert config["split_patients"] == {"train": 6, "validation": 1, "test": 1}
     assert config["command"].startswith("python train_drunet_v2.py --data-dir")
     split = json.loads((folder / "split.json").read_text())
     assert sorted(split["train"] + split["validation"] + split["test"]) == sorted(
@@ -85,6 +87,24 @@ def test_training_leaves_a_run_folder_that_explains_itself(trained, phantom_coho
     checkpoint = load_checkpoint(folder / "best.pt")
     assert checkpoint["validation_dice"] == pytest.approx(log["validation_dice_WT"].max())
     assert {entry[0] for entry in checkpoint["seen"]} == set(split["train"] + split["validation"])
+
+
+def test_training_and_the_audit_leave_pages_that_lead_to_one_another(trained):
+    results = trained / "results"
+    index = (results / "index.html").read_text()
+    for link in ("tiny/index.html", "tiny/evaluation/report.html", "tiny/MODEL_CARD.md"):
+        assert f'href="{link}"' in index
+        assert (results / link).is_file()
+    summary = json.loads((results / "tiny" / "evaluation" / "summary.json").read_text())
+    shown = f"{summary['cohorts']['internal']['WT']['tta']['dice']['mean']:.3f}"
+    page = (results / "tiny" / "index.html").read_text()
+    for text in (index, page, (results / "tiny" / "MODEL_CARD.md").read_text()):
+        assert shown in text
+    report = (results / "tiny" / "evaluation" / "report.html").read_text()
+    assert 'href="../index.html"' in report
+    assert 'href="../MODEL_CARD.md"' in report
+    assert page.count("data:image/png;base64,") == 2  # curves and first batch
+    assert "% drawn" in page
 
 
 def test_threshold_of_the_checkpoint_is_the_one_with_the_highest_validation_dice(trained):
@@ -113,8 +133,9 @@ def test_summary_follows_from_the_rows_per_case(trained, phantom_cohort):
             assert part["volume_error_ml"]["mean"] == pytest.approx(error.mean())
             tp, fp, fn = (chosen[name].sum() for name in ("tp", "fp", "fn"))
             assert part["dice_pooled"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
-            if part["n_patients"] == 1:
+            if part["n_patients"] < 6:
                 assert part["dice"]["ci95"] is None
+                assert part["dice"]["range"] == [chosen["dice"].min(), chosen["dice"].max()]
             else:
                 low, high = part["dice"]["ci95"]
                 assert low <= part["dice"]["mean"] <= high
@@ -201,8 +222,8 @@ def test_report_needs_no_other_file_and_says_what_it_is(trained):
     text = (trained / "results" / "tiny" / "evaluation" / "report.html").read_text()
     assert "synthetic phantoms, not a BraTS result" in text
     assert "not for clinical use" in text
-    assert text.count("data:image/png;base64,") == 10
-    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert (text.count("data:image/png;base64,"), text.count("<svg ")) == (2, 8)
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
 
 
 def test_resumed_run_equals_one_that_was_not_interrupted(tmp_path, phantom_cohort):

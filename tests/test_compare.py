@@ -65,8 +65,9 @@ def test_comparison_is_paired_over_common_cases_and_writes_numbers_and_picture(t
     found = entry["tta"]["dice"]
     assert found["mean_a"] - found["mean_b"] == pytest.approx(0.025)
     assert found["difference"]["mean"] == pytest.approx(0.025)
-    low, high = found["difference"]["ci95"]
-    assert 0.01 <= low < 0.025 < high <= 0.04
+    assert found["difference"]["ci95"] is None  # four patients
+    assert found["difference"]["range"] == pytest.approx([0.01, 0.04])
+    assert "range +0.0100 to +0.0400, n = 8" in done.stdout
     # four patients, all better: of 16 sign patterns two are as extreme. Over cases it would be 2 / 256
     assert found["difference"]["p_sign_flip"] == 2 / 16
     assert entry["plain"]["dice"]["difference"]["mean"] == pytest.approx(0.025)
@@ -78,8 +79,9 @@ def test_comparison_is_paired_over_common_cases_and_writes_numbers_and_picture(t
 
 
 def test_comparison_the_other_way_round_changes_the_sign_alone(tmp_path):
-    write_run(tmp_path / "a", [0.5, 0.6, 0.7, 0.8, 0.9, 0.4, 0.3, 0.2])
-    write_run(tmp_path / "b", [0.6, 0.5, 0.9, 0.8, 0.9, 0.3, 0.3, 0.1])
+    cases = [(case, case) for case, _ in CASES]
+    write_run(tmp_path / "a", [0.5, 0.6, 0.7, 0.8, 0.9, 0.4, 0.3, 0.2], cases)
+    write_run(tmp_path / "b", [0.6, 0.5, 0.9, 0.8, 0.9, 0.3, 0.3, 0.1], cases)
     found = []
     for runs in (("a", "b"), ("b", "a")):
         compare_runs([str(tmp_path / run) for run in runs], str(tmp_path / "out"), 0)

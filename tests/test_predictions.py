@@ -92,13 +92,14 @@ def test_masks_are_scored_on_the_native_grid_whatever_their_orientation(data: Pa
     names = {path.name for path in (folder / "evaluation").iterdir()}
     assert names == {
         "summary.json", "metrics_per_case.csv", "report.html", "dice_per_case.png", "dice_against_volume.png",
-        "volume_bland_altman.png", "cases_predictions.png",
+        "volume_bland_altman.png", "cases_predictions.png", "dice_per_case.svg", "dice_against_volume.svg",
+        "volume_bland_altman.svg",
     }  # fmt: skip
     report = (folder / "evaluation" / "report.html").read_text()
     assert "no search for leakage was made" in report
     assert "No tested case was found in training" not in report
     assert "with TTA" not in report
-    assert "<td>as given</td>" in report
+    assert ">as given</td>" in report
 
 
 def test_what_is_missing_is_refused_or_said(data: Path, masks: Path, input_error: Callable) -> None:

@@ -13,6 +13,7 @@ from audit.statistics import (
     CALIBRATION_EDGES,
     bootstrap_means,
     compare_paired,
+    format_spread,
     limits_of_agreement,
     reliability_counts,
     sign_flip_p,
@@ -73,8 +74,38 @@ def test_summary_by_hand() -> None:
 
 
 def test_summary_interval_is_over_patients() -> None:
-    # as above: means 0, 0.9 and 1 with 25, 50 and 25 %; over cases it would be about 0.7 to 1
-    assert summarise([1.0] * 9 + [0.0], ["a"] * 9 + ["b"])["ci95"] == [0, 1]
+    # Patient a: 95 cases of 1, five others: a case of 0 each. A draw without a, (5 / 6)^6 or one in three
+    # of them, has mean 0; over cases the lowest mean of 10,000 draws would be far above
+    summary = summarise([1.0] * 95 + [0.0] * 5, ["a"] * 95 + list("bcdef"))
+    assert summary["ci95"][0] == 0
+    assert summary["ci95"][1] > 0.95
+
+
+def test_summary_of_five_patients_has_a_range_and_no_interval() -> None:
+    five, six = list("abcde"), list("abcdef")
+    values = [0.5, 0.9, 0.7, 0.6, 0.8]
+    summary = summarise(values, five)
+    assert (summary["ci95"], summary["range"], summary["n"]) == (None, [0.5, 0.9], 5)
+    # patients count, not cases: five of two cases each, and six of which one has no defined value
+    assert summarise([*values, *values], [*five, *five])["ci95"] is None
+    assert summarise([*values, math.nan], six)["ci95"] is None
+    low, high = summarise([*values, 0.4], six)["ci95"]
+    assert 0.4 <= low < 0.65 < high <= 0.9
+    assert summarise([*values, 0.4], six)["range"] == [0.4, 0.9]
+    paired = compare_paired(values, [0.4] * 5, five)
+    assert paired["ci95"] is None
+    assert paired["range"] == pytest.approx([0.1, 0.5])
+    assert paired["p_sign_flip"] == 2 / 2**5
+
+
+def test_spread_in_words_is_the_interval_or_the_range_with_n() -> None:
+    few = summarise([0.5, 0.9], ["a", "b"])
+    assert format_spread(few, "{:.2f}", "95 % interval ") == "range 0.50 to 0.90, n = 2"
+    assert format_spread(few | {"ci95": [0.51, 0.89]}, "{:.2f}", "95 % interval ") == (
+        "95 % interval 0.51 to 0.89"
+    )
+    assert format_spread(summarise([], []), "{:.2f}") == "n = 0"
+    assert format_spread({"ci95": None, "n": 1}, "{:.2f}") == "n = 1"  # of an earlier version
 
 
 def test_summary_leaves_nan_out_with_its_patient_and_counts_it() -> None:
@@ -93,6 +124,7 @@ def test_summary_of_no_value_has_no_statistic(values: list[float]) -> None:
         "mean": None,
         "sd": None,
         "median": None,
+        "range": None,
         "ci95": None,
         "n": 0,
         "n_undefined": len(values),
@@ -104,6 +136,7 @@ def test_summary_tells_no_spread_of_one_case_and_no_interval_of_one_patient() ->
     assert (one_case["mean"], one_case["median"], one_case["n"]) == (0.7, 0.7, 1)
     assert one_case["sd"] is None
     assert one_case["ci95"] is None
+    assert one_case["range"] == [0.7, 0.7]
     one_patient = summarise([0.25, 0.75], ["a", "a"])
     assert one_patient["sd"] == pytest.approx(math.sqrt(1 / 8))
     assert one_patient["ci95"] is None
@@ -116,14 +149,14 @@ def test_summary_refuses_values_without_their_patients() -> None:
 
 @settings(max_examples=30)
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.sampled_from("abcdefgh")), min_size=2, max_size=20),
+    st.lists(st.tuples(st.floats(0, 1), st.sampled_from("abcdefghij")), min_size=6, max_size=30),
     st.integers(0, 100),
 )
 def test_summary_interval_holds_the_mean_and_is_reproducible(
     cases: list[tuple[float, str]], seed: int
 ) -> None:
     values, patients = zip(*cases, strict=True)
-    assume(len(set(patients)) > 1)
+    assume(len(set(patients)) >= 6)
     summary = summarise(values, patients, seed=seed)
     low, high = summary["ci95"]
     assert min(values) - 1e-12 <= low <= summary["mean"] + 1e-9

@@ -1,0 +1,265 @@
+"""What the files of a run's folder say, however many of them are there and whole.
+
+For pages that list runs: a file that is missing, cut short or of another form is a line in `problems`, never
+an error.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pandas as pd
+
+from audit.statistics import LEAST_PATIENTS, format_spread
+from cohort.split import SPLIT_PARTS, read_split
+from runtime.checkpoints import read_facts
+from runtime.errors import InputError
+from runtime.files import file_sha256
+
+Content = TypeVar("Content")
+TESTED = ("internal", "external", "external_unseen", "predictions")  # the order in which cohorts are shown
+
+
+class Headline(NamedTuple):
+    """Dice per case, mean over the cases of one test cohort and region."""
+
+    cohort: str
+    region: str
+    is_tta: bool
+    dice: dict[str, Any]  # as of `statistics.summarise`
+    n_cases: int
+    n_patients: int
+
+    @property
+    def mean(self) -> str:
+        """The mean with three decimals."""
+        return f"{self.dice['mean']:.3f}"
+
+    @property
+    def median(self) -> str:
+        """The median with three decimals."""
+        return f"{self.dice['median']:.3f}"
+
+    @property
+    def spread(self) -> str:
+        """The interval, or the range and n, in words."""
+        return format_spread(self.dice, "{:.3f}", "95 % CI ")
+
+
+@dataclass
+class RunFacts:
+    """What a run's folder holds; None for what is not there or not readable."""
+
+    folder: Path
+    config: dict[str, Any] | None = None
+    split: dict[str, Any] | None = None
+    epochs: pd.DataFrame | None = None  # log.csv
+    best: dict[str, Any] | None = None  # best.pt without its weights
+    summary: dict[str, Any] | None = None  # of the audit, where it is of this best.pt
+    headlines: list[Headline] = field(default_factory=list)
+    folds: list["RunFacts"] = field(default_factory=list)  # of a run of folds
+    progress: dict[str, str] = field(default_factory=dict)  # how far training came, in figures
+    counts: list[dict[str, Any]] = field(default_factory=list)  # of the split, by part
+    marks: list[str] = field(default_factory=list)  # what qualifies the numbers
+    problems: list[str] = field(default_factory=list)
+    is_outdated: bool = False  # whether the audit is of an earlier best.pt
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training has come to its end, which is the choice of post-processing; of all folds."""
+        if self.folds:
+            return all(fold.is_trained for fold in self.folds)
+        return self.best is not None and "postprocessing" in self.best
+
+    @property
+    def data_kind(self) -> str:
+        """The word "phantom", "real" or "unknown"."""
+        for source in (self.config, self.best, self.summary, *(fold.config for fold in self.folds)):
+            if source and source.get("data_kind") in ("phantom", "real"):
+                return source["data_kind"]
+        return "unknown"
+
+    @property
+    def written(self) -> datetime | None:
+        """When best.pt was written, or the folder's first file where there is none."""
+        newest = [fold.written for fold in self.folds if fold.best is not None]
+        if newest:
+            return max(newest)
+        for name in ("best.pt", "evaluation/summary.json", "config.json", "."):
+            try:
+                return datetime.fromtimestamp((self.folder / name).stat().st_mtime)
+            except OSError:
+                continue
+        return None
+
+    @property
+    def state(self) -> str:
+        """How far the run has come, in words."""
+        if self.problems:
+            return "broken"
+        if self.is_outdated:
+            return "trained further since its audit"
+        if self.headlines:
+            return "audited"
+        if self.is_trained:
+            return "trained, not audited"
+        return "unfinished"
+
+
+def find_runs(results: Path) -> Iterator[Path]:
+    """Yield the folders in `results` that are runs or scores of another tool's masks."""
+    marks = ("config.json", "best.pt", "last.pt", "evaluation/summary.json")
+    for folder in sorted(results.iterdir()):
+        try:
+            if folder.is_dir() and any((folder / mark).exists() for mark in marks):
+                yield folder
+        except OSError:
+            yield folder  # a folder that may not be looked into is shown as broken
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Return what a run's folder says."""
+    run = RunFacts(folder)
+    run.config = _read(run, "config.json", _read_object)
+    run.folds = _note(run, "config.json", lambda: [read_run(fold) for fold in list_folds(folder)]) or []
+    run.split = _read(run, "split.json", read_split)
+    run.epochs = _read(run, "log.csv", _read_epochs)
+    run.best = _read(run, "best.pt", read_facts)
+    run.summary = _read(run, "evaluation/summary.json", _read_object)
+    if run.summary is not None:
+        run.headlines = _note(run, "evaluation/summary.json", lambda: find_headlines(run.summary)) or []
+        if _note(run, "evaluation/summary.json", lambda: is_of_other_weights(folder, run.summary)):
+            run.summary, run.headlines, run.is_outdated = None, [], True
+    if run.best is None and not run.headlines and not run.problems:
+        run.problems += [] if (folder / "config.json").exists() else ["config.json: not there"]
+    run.marks = _note(run, "evaluation/summary.json", lambda: list_marks(run)) or []
+    run.counts = _note(run, "config.json", lambda: count_split(run)) or []
+    run.progress = _note(run, "best.pt", lambda: describe_progress(run)) or {}
+    return run
+
+
+def _read(run: RunFacts, name: str, read: Callable[[Path], Content]) -> Content | None:
+    """Return what `read` makes of a file; None where there is none, and where it fails, which is noted."""
+    path = run.folder / name
+    return _note(run, name, lambda: read(path) if path.exists() else None)
+
+
+def _note(run: RunFacts, name: str, action: Callable[[], Content]) -> Content | None:
+    """Return what `action` does, or None where it fails, which is noted as a problem of the file `name`."""
+    try:
+        return action()
+    except Exception as error:  # whatever a damaged file makes of it: a list of runs shows it as broken
+        words = error.problem if isinstance(error, InputError) else f"not readable ({error!r:.120})"
+        run.problems.append(f"{name}: {words}")
+        return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise TypeError("no JSON object")
+    return content
+
+
+def _read_epochs(path: Path) -> pd.DataFrame:
+    epochs = pd.read_csv(path)
+    epochs[["epoch", "minutes", "train_loss"]].astype(float)  # KeyError or ValueError where it is no such log
+    return epochs
+
+
+def find_headlines(summary: Mapping[str, Any]) -> list[Headline]:
+    """Return the headline of each test cohort and region of an audit's summary, in the order shown."""
+    headlines = []
+    cohorts = summary["cohorts"]
+    for cohort in (name for name in TESTED if name in cohorts):
+        for region, modes in cohorts[cohort].items():
+            scores = modes["tta" if "tta" in modes else "plain"]
+            dice, patients = dict(scores["dice"]), int(scores["n_patients"])
+            if dice["mean"] is None:
+                continue
+            if not math.isfinite(dice["mean"]):
+                raise ValueError(f"Dice {dice['mean']}")
+            if patients < LEAST_PATIENTS:  # earlier versions wrote an interval
+                dice["ci95"] = None
+            headline = Headline(cohort, region, "tta" in modes, dice, int(scores["n_cases"]), patients)
+            _ = headline.mean, headline.median, headline.spread  # an error here, not in a page
+            headlines.append(headline)
+    return headlines
+
+
+def list_folds(run: Path) -> list[Path]:
+    """Return the folder of each fold of a run of folds, whether it is there or not; empty for other runs."""
+    try:
+        config = _read_object(run / "config.json")
+        count = int(config.get("folds") or 0) if config.get("fold") is None else 0
+    except (OSError, ValueError, TypeError):
+        return []
+    return [run / f"fold_{fold}" for fold in range(count)]
+
+
+def is_of_other_weights(folder: Path, summary: Mapping[str, Any]) -> bool:
+    """Return whether an audit is of another best.pt than the folder's, as after --resume.
+
+    Of a run of folds each fold's counts. Hashes are compared only where a checkpoint is younger than the
+    audit.
+    """
+    audited = [(folder / "best.pt", summary.get("checkpoint_sha256"))]
+    for fold in summary.get("folds") or ():
+        audited.append((folder / f"fold_{fold['fold']}" / "best.pt", fold["checkpoint_sha256"]))
+    written = (folder / "evaluation" / "summary.json").stat().st_mtime
+    return any(
+        file_sha256(best) != sha256
+        for best, sha256 in audited
+        if sha256 and best.exists() and best.stat().st_mtime > written
+    )
+
+
+def count_split(run: RunFacts) -> list[dict[str, Any]]:
+    """Return part, cases and patients (None where no file says) of each part of a run's split."""
+    if run.split is None:
+        return []
+    patients = (run.config or {}).get("split_patients") or {}
+    return [
+        {"part": part, "cases": len(run.split[part]), "patients": patients.get(part)} for part in SPLIT_PARTS
+    ]
+
+
+def list_marks(run: RunFacts) -> list[str]:
+    """Return what qualifies the numbers of a run's audit, in sentences."""
+    marks = []
+    if run.is_outdated:
+        marks.append("The audit is of an earlier best.pt, so its numbers are not shown: audit the run again.")
+    for cohort, count in ((run.summary or {}).get("seen_in_training") or {}).items():
+        if count.get("seen"):
+            marks.append(
+                f"{cohort}: {count['seen']} of {count['cases']} cases were in training or validation: "
+                "not a held-out result."
+            )
+    if run.summary and run.summary.get("predictions"):
+        marks.append("Masks of another tool: what it was trained on is not known.")
+    return marks
+
+
+def describe_progress(run: RunFacts) -> dict[str, str]:
+    """Return in figures how far training came: epochs, minutes, best validation Dice; what is known of it."""
+    progress = {}
+    if run.folds:
+        progress["folds trained"] = f"{sum(fold.is_trained for fold in run.folds)} of {len(run.folds)}"
+    if run.epochs is not None and len(run.epochs):
+        last = run.epochs.iloc[-1]
+        of = f" of {run.config['epochs']}" if run.config and "epochs" in run.config else ""
+        progress["epochs"] = f"{last['epoch']:.0f}{of}"
+        progress["time"] = describe_minutes(float(last["minutes"]))
+    if run.best is not None and "validation_dice" in run.best:
+        progress["validation Dice"] = f"{run.best['validation_dice']:.3f}"
+        progress["epoch kept"] = str(run.best.get("epoch", "-"))
+    return progress
+
+
+def describe_minutes(minutes: float) -> str:
+    """Return a duration in the unit that suits it."""
+    return f"{minutes / 60:.1f} h" if minutes >= 120 else f"{minutes:.1f} min"
