@@ -246,13 +246,13 @@ def list_notes(
     leakage: pd.DataFrame,
     find_doubts: Callable[..., list[str]],
 ) -> dict[tuple[str, str], list[str]]:
-    """Return per (cohort, case id) what a reader must know of a case; cases with nothing are left out.
+    """Return per (cohort, case id) what a reader must know of a test case; those with nothing are left out.
 
     `find_doubts` (H and W, frame) is that of the model; `leakage` is what leakage.csv holds.
     """
     notes: dict[tuple[str, str], list[str]] = {}
     for cohort, cases in cohorts.items():
-        for case in cases:
+        for case in cases if cohort != "validation" else ():
             odd = [*case.warnings, *find_doubts(case.shape[1:], case.frame)]
             notes[cohort, case.case_id] = odd if case.spacing_known else [SPACING_ASSUMED, *odd]
     for row in leakage.itertuples():

@@ -204,8 +204,11 @@ def test_notes_say_what_is_assumed_and_what_leaked(phantom_cohort: Path, tmp_pat
     )
     shapes = []
     notes = list_notes(
-        {"external": [first, second]}, leakage, lambda shape, _: shapes.append(shape) or ["far"]
+        {"validation": [first], "external": [first, second]},
+        leakage,
+        lambda shape, _: shapes.append(shape) or ["far"],
     )
+    assert set(notes) == {("external", first.case_id), ("external", second.case_id)}  # what is tested alone
     assert shapes == [first.shape[1:], second.shape[1:]]
     assert "far" in notes["external", first.case_id]
     assert notes["external", first.case_id][0] == browse.SPACING_ASSUMED
