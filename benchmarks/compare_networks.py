@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from audit.statistics import compare_paired, summarise
+from audit.statistics import compare_paired, format_spread, summarise
 from benchmarks.common import RESULTS, print_table
 from benchmarks.networks import ENTRIES, Entry
 from cohort.augmentation import build_augmentation
@@ -380,11 +380,8 @@ def shared_rows(
 
 
 def describe(summary: dict[str, Any], style: str) -> str:
-    """Return mean and interval as text."""
-    mean = format(summary["mean"], style)
-    if summary["ci95"] is None:
-        return mean
-    return f"{mean} ({format(summary['ci95'][0], style)} to {format(summary['ci95'][1], style)})"
+    """Return mean, and interval or range, as text."""
+    return f"{summary['mean']:{style}} ({format_spread(summary, '{:' + style + '}')})"
 
 
 def tabulate(rows: dict[str, list[dict[str, Any]]], region: str) -> Iterator[dict[str, Any]]:
