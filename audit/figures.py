@@ -93,7 +93,8 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
             for rank, (case, dice) in ranked.items()
         }
         plot_ranked_cases(folder / f"cases_{cohort}.png", panels, f"{cohort}, {region}{note}")
-        caption = f"Best, median and worst {cohort} case by {region} Dice, with TTA."
+        names = {1: "The", 2: "Best and worst", 3: "Best, median and worst"}[len(ranked)]
+        caption = f"{names} {cohort} case by {region} Dice, with TTA."
         captions[f"cases_{cohort}.png"] = caption if mode == "tta" else without_tta(caption)
     return {caption: folder / name for name, caption in captions.items()}
 

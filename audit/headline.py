@@ -104,15 +104,15 @@ def describe_errors(row: Mapping[str, Any]) -> str:
     share = missed / (missed + extra)
     words = f"{share:.0%} of its wrong voxels are missed tumour, {1 - share:.0%} too much"
     if share >= SHARE_OF_ERRORS:
-        words = f"misses tumour: {share:.0%} of its wrong voxels"
+        words = f"misses tumour: {share:.0%} of its wrong voxels are missed tumour"
     elif share <= 1 - SHARE_OF_ERRORS:
-        words = f"predicts too much: {1 - share:.0%} of its wrong voxels"
+        words = f"predicts too much: {1 - share:.0%} of its wrong voxels are no tumour"
     lesions = [
-        f"{_count(int(row[name]), 'lesion')} {word}"
+        f"{_count(int(row[name]), f'{word} lesion')}"
         for name, word in (("lesions_fn", "missed"), ("lesions_fp", "false"))
         if row[name]
     ]
-    return "; ".join([f"{words} ({prediction} predicted of {reference})", *lesions])
+    return "; ".join([f"{words} (predicts {prediction}, the reference has {reference})", *lesions])
 
 
 def write_sentences(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -142,7 +142,7 @@ def write_sentences(summary: Mapping[str, Any]) -> dict[str, str]:
     }
     starts = {
         "TTA": "changes Dice per case by ",
-        "Calibration": "error of uncertain voxels, on validation: ",
+        "Calibration": "expected calibration error of the uncertain voxels, on validation with TTA: ",
         "Lesions": "",
         "Volume bias": "prediction minus reference is ",
     }
@@ -176,5 +176,8 @@ def list_marks(
             "volumes and distances are only as right as that."
         )
     if (summary["postprocessing"] or {}).get("settings"):
-        marks.append(f"The masks are post-processed ({postprocessing}); the numbers without are below.")
+        marks.append(
+            f"The masks are post-processed ({postprocessing}). The numbers without are under All numbers, "
+            "Post-processing."
+        )
     return marks

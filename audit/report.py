@@ -426,7 +426,9 @@ def describe_case(results: AuditResults, cohort: str, case_id: str) -> dict[str,
     return {
         "key": f"{cohort}/{case_id}",
         "name": case_id,
-        "about": f"{cohort}. " + "; ".join(numbers),
+        "about": ("Synthetic phantom. " if results.summary["data_kind"] == "phantom" else "")
+        + f"{cohort.capitalize()} case. "
+        + "; ".join(numbers),
         "notes": list(dict.fromkeys([*notes, *(note for row in rows for note in note_case(results, row))])),
         "regions": [row.region for row in rows],
     }

@@ -66,13 +66,19 @@ class AuditResults:
 
 
 def rank_cases(rows: pd.DataFrame, region: str, cohort: str) -> dict[str, tuple[str, float]]:
-    """Return id and Dice of the cases with the best, median and worst Dice (TTA, if any); each case once."""
+    """Return id and Dice of the cases with the best, median and worst Dice (TTA, if any); each case once.
+
+    Two cases are the best and the worst, one is the best.
+    """
     of_cohort = rows[(rows["cohort"] == cohort) & (rows["region"] == region)]
     of_cohort = of_cohort[of_cohort["mode"] == headline_mode(of_cohort)]
     ordered = of_cohort.sort_values("dice", ascending=False)
     cases = list(zip(ordered["case"], ordered["dice"], strict=True))
     ranked: dict[str, tuple[str, float]] = {}
-    for rank, position in (("best", 0), ("median", len(cases) // 2), ("worst", len(cases) - 1)):
+    places = {"best": 0, "median": len(cases) // 2, "worst": len(cases) - 1}
+    if len(cases) < 3:
+        del places["median"]
+    for rank, position in places.items():
         if cases[position] not in ranked.values():
             ranked[rank] = cases[position]
     return ranked

@@ -114,7 +114,7 @@ def test_cases_are_ranked_by_dice_with_tta_and_each_is_named_once() -> None:
         "median": ("c", 0.5),
         "worst": ("a", 0.2),
     }
-    assert list(rank_cases(rows[rows["case"] != "a"], "WT", "internal")) == ["best", "median"]
+    assert list(rank_cases(rows[rows["case"] != "a"], "WT", "internal")) == ["best", "worst"]
     assert list(rank_cases(rows[rows["case"] == "a"], "WT", "internal")) == ["best"]
 
 
@@ -261,7 +261,7 @@ def test_report_shows_ids_whole_and_as_text(tmp_path: Path) -> None:
     assert "<title>Audit of &lt;i&gt;run</title>" in text
     assert "<b>" not in text
     assert "<i>" not in text
-    assert "No tested case was found in training" in text
+    assert "Each tested case was compared with all cases of training" in text
     assert text.count("data:image/png;base64,") == 1  # the case pictures; charts are SVG
     assert text.count("<svg ") == len(figures) - 1
     assert "torch 2.9" in text

@@ -250,15 +250,29 @@ def test_the_headline_is_that_of_the_summary_with_n_and_no_interval_of_few() -> 
         (10, 0, 0, 0, 10, "nothing predicted where the reference has 10.0 ml"),
         (0, 5, 0, 5, 0, "5.0 ml predicted where the reference is empty"),
         (10, 5, 0, 5, 10, "5.0 ml predicted beside the 10.0 ml of the reference"),
-        (10, 5, 4, 1, 6, "misses tumour: 86% of its wrong voxels (5.0 ml predicted of 10.0 ml)"),
-        (10, 25, 9, 16, 1, "predicts too much: 94% of its wrong voxels (25.0 ml predicted of 10.0 ml)"),
+        (
+            10,
+            5,
+            4,
+            1,
+            6,
+            "misses tumour: 86% of its wrong voxels are missed tumour (predicts 5.0",
+        ),
+        (
+            10,
+            25,
+            9,
+            16,
+            1,
+            "predicts too much: 94% of its wrong voxels are no tumour (predicts 25.0",
+        ),
         (
             10,
             10,
             5,
             5,
             5,
-            "50% of its wrong voxels are missed tumour, 50% too much (10.0 ml predicted of 10.0",
+            "50% of its wrong voxels are missed tumour, 50% too much (predicts 10.0 ml, the reference has",
         ),
         (10, 10, 10, 0, 0, "no wrong voxel"),
     ],
@@ -435,17 +449,19 @@ def test_the_viewer_scrolls_by_wheel_keys_and_slider_and_its_strip_seeks(page: A
     axial.hover()
     for _ in range(10):
         page.mouse.wheel(0, 100)
-    page.locator("[data-part=readout]", has_text="slice 22 of").wait_for()
+    page.locator("[data-part=readout]", has_text="slice 22 (shown").wait_for()
     axial.press("ArrowDown")
     assert slider.input_value() == "21"
     slider.press("ArrowLeft")
     assert slider.input_value() == "20"
-    assert "slice 20 of 0 to 23: reference 0.0 cm\u00b2" in page.text_content("[data-part=readout]")
+    assert "axial slice 20 (shown: 0 to 23): reference 0.0 cm\u00b2" in page.text_content(
+        "[data-part=readout]"
+    )
     strip = page.locator(".strip").bounding_box()
     page.mouse.click(strip["x"] + strip["width"] * 8.5 / 24, strip["y"] + 5)
     # 7 x 6 voxels of 1 x 2 mm
     assert page.text_content("[data-part=readout]") == (
-        "slice 8 of 0 to 23: reference 0.8 cm\u00b2, prediction 0.8 cm\u00b2"
+        "axial slice 8 (shown: 0 to 23): reference 0.8 cm\u00b2, prediction 0.8 cm\u00b2"
     )
 
 

@@ -296,7 +296,7 @@ const Viewer = (() => {
       const { offset, shape, spacing_mm: spacing, layers } = this.case.facts, z = this.at[0], slider = this.find("slice");
       const square = (spacing[1] * spacing[2]) / 100;
       const areas = layers.map((name, layer) => `${name} ${(this.counts[layer][z] * square).toFixed(1)} cm\u00b2`);
-      const text = `slice ${z + offset[0]} of ${offset[0]} to ${offset[0] + shape[0] - 1}: ${areas.join(", ")}`;
+      const text = `axial slice ${z + offset[0]} (shown: ${offset[0]} to ${offset[0] + shape[0] - 1}): ${areas.join(", ")}`;
       this.find("readout").textContent = text;
       slider.value = z + offset[0];
       slider.setAttribute("aria-valuetext", text);
