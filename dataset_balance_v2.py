@@ -180,14 +180,13 @@ class SlabDataset(Dataset):
         context: int,
         size: int,
         augment: bool = True,
-        strip: float = 0.0,
         modality_dropout: float = 0.0,
     ) -> None:
         self.cases = list(cases)
         self.rows = table[["case", "z"]].to_numpy()
         self.context = context
         self.size = size
-        self.augmentation = build_augmentation(strip) if augment else None
+        self.augmentation = build_augmentation() if augment else None
         self.modality_dropout = modality_dropout
 
     def __len__(self) -> int:

@@ -156,8 +156,6 @@ class TrainConfig:
     """share of draws that show tumour"""
     empty_share: Share = 0.02
     """share of draws that show no brain"""
-    strip: Share = 0.0
-    """share of draws whose head loses scalp and skull to a random depth, as skull stripping removes them"""
     modality_dropout: Decay = 0.0
     """probability that a modality of a slab is left out, never all; the network then works without some"""
 
@@ -197,7 +195,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "strong": {
         "use_se": False,
-        "strip": 0.4,
         "schedule": "cosine",
         "drop_by": 1.0,
         "learning_rate": 2e-3,
@@ -709,8 +706,9 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
     if ranks.is_main():
         files.write_atomically(run.folder / "balance.csv", dataset.balance_shares(table, weights).to_csv)
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
-    varied = {"strip": config.strip, "modality_dropout": config.modality_dropout}
-    slabs = dataset.SlabDataset(cases, table, config.context, config.size, **varied)
+    slabs = dataset.SlabDataset(
+        cases, table, config.context, config.size, modality_dropout=config.modality_dropout
+    )
     return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
 
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from audit.statistics import compare_paired, format_spread, summarise
 from benchmarks.common import RESULTS, print_table
 from benchmarks.networks import ENTRIES, Entry
-from cohort.augmentation import build_augmentation
+from benchmarks.stripping import build_stripping
 from cohort.cache import PreparedCase, prepare_cases
 from cohort.cases import Modalities, with_reference
 from cohort.labels import Regions
@@ -155,7 +155,8 @@ def make_batches(config: RingConfig, entry: Entry, cases: Sequence[PreparedCase]
     if entry.tumour_share is not None:
         weights = balance_slices(table, entry.tumour_share)
     slabs = SlabDataset(cases, table, entry.context, entry.size)
-    slabs.augmentation = build_augmentation(entry.strip)
+    if entry.strip:
+        slabs.augmentation = build_stripping(entry.strip)
     sampler = BalancedSampler(weights, 10_000_000, seed)
     return make_train_loader(slabs, sampler, config.batch_size)
 

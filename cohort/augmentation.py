@@ -12,8 +12,6 @@ import cv2
 import numpy as np
 from albumentations.core.type_definitions import Targets
 
-from cohort.preprocess import BRAIN_SLICE_VOXELS, QUARTILE_DISTANCE, Z_RANGE
-
 # albumentations asks a server for its newest version at import otherwise
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -21,8 +19,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 # the distance of the points at which it is drawn.
 ELASTIC_SHIFT, ELASTIC_SMOOTH, ELASTIC_STEP = 0.42, 9.0, 4
 TUMOUR_EDGE = 2  # pixels (SD) over which a change of a tumour's contrast fades out
-HEAD_STEP = 0.1  # of the way from a slab's darkest to its brightest: what is nearer to the darkest is air
-STRIP_DEPTH = (0.02, 0.12)  # of the slice's side: how deep the removal of scalp and skull cuts
 BIAS_GRID = 4  # random values across a slice from which a bias field is interpolated
 
 
@@ -194,73 +190,15 @@ def fade_out(mask: np.ndarray) -> np.ndarray:
     return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), TUMOUR_EDGE)
 
 
-class StripHead(A.ImageOnlyTransform):
-    """Removes the outside of the head to a random depth, as a skull stripping of unknown exactness does.
-
-    What lies less deep in the head than a share of the slice's side within `depth` becomes air, but for the
-    tumour. Each channel is then normalised again by median and interquartile range of what is left, as a
-    stripped volume would be (`cohort.preprocess.normalise_volume`). A network that has seen whole heads
-    alone meets a stripped brain as another world.
-    """
-
-    def __init__(self, depth: tuple[float, float], p: float) -> None:
-        super().__init__(p=p)
-        self.depth = depth
-
-    @property
-    def targets_as_params(self) -> list[str]:
-        """Return what is needed beside the image."""
-        return ["mask"]
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Return the depth in pixels and the tumour as (H, W) bool."""
-        depth = self.random_generator.uniform(*self.depth) * min(params["shape"][:2])
-        return {"depth": depth, "tumour": data["mask"].max(axis=2) > 0}
-
-    def apply(self, img: np.ndarray, depth: float, tumour: np.ndarray, **_: Any) -> np.ndarray:
-        """Return the image (H, W, C) float32 without what is outside, in 0..1."""
-        inside = (depth_in_head(img) > depth) | tumour
-        if np.count_nonzero(inside) < BRAIN_SLICE_VOXELS:
-            return img
-        channels = [
-            strip_channel(np.ascontiguousarray(img[..., index]), inside) for index in range(img.shape[2])
-        ]
-        return np.stack(channels, axis=2)
-
-
-def depth_in_head(image: np.ndarray) -> np.ndarray:
-    """Return how many pixels deep each pixel of (H, W, C) lies in the filled head, (H, W) float32."""
-    brightness = image.mean(axis=2)
-    low, high = brightness.min(), brightness.max()
-    head = (brightness > low + HEAD_STEP * (high - low)).astype(np.uint8)
-    outlines, _ = cv2.findContours(head, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(head, outlines, -1, 1, cv2.FILLED)
-    return cv2.distanceTransform(np.pad(head, 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[
-        1:-1, 1:-1
-    ]  # beyond the slice is air
-
-
-def strip_channel(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Return (H, W) float32 in 0..1 with air outside, and what is inside normalised by itself."""
-    zero, unit = -Z_RANGE[0] / (Z_RANGE[1] - Z_RANGE[0]), 1 / (Z_RANGE[1] - Z_RANGE[0])
-    low, median, high = np.percentile(pixels[inside], [25, 50, 75])
-    scale = unit * QUARTILE_DISTANCE / (high - low) if high > low else 1.0
-    stripped = np.where(inside, pixels, pixels.min())
-    return np.clip((stripped - median) * scale + zero, 0, 1).astype(np.float32)
-
-
-def build_augmentation(strip: float = 0.0) -> A.Compose:
+def build_augmentation() -> A.Compose:
     """Return the training transforms, for float32 slabs (H, W, C*K) in 0..1 and uint8 masks (H, W, R).
 
     All slices of a slab get the same geometry and the same contrast; only noise differs from slice to slice.
-    `strip` is the probability of `StripHead`.
     """
-    stripping = [StripHead(STRIP_DEPTH, strip)] if strip else []
     return A.Compose(
         [
             A.HorizontalFlip(p=0.5),
             A.VerticalFlip(p=0.5),
-            *stripping,
             Warp(affine=0.6, elastic=0.15),
             TumourContrast(limits=(-0.3, 1.2), p=0.35),
             BiasField(strength=0.35, p=0.4),
