@@ -39,7 +39,7 @@ import inference_v2 as inference
 import model_drunet_v2 as model
 from audit import overlays, pages, plots, postprocess
 from cohort import cache, folds, initial, phantom, selection, several
-from cohort.network import check_network_settings, check_widths
+from cohort.network import check_widths
 from cohort.selection import TrainingSource
 from cohort.split import SPLIT_PARTS
 from runtime import (
@@ -52,7 +52,6 @@ from runtime import (
     machine,
     probe,
     ranks,
-    rates,
     signals,
 )
 from runtime import place as places
@@ -62,6 +61,7 @@ from runtime.log import log, log_to_file, progress, start_log
 from runtime.place import Place
 from runtime.state import Clock, Recipe, TrainState, start_state
 from runtime.steps import StepGuard
+from training.resume import settings_of_resumed, share_batch
 from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
 
 # ------------------------------------------------------------------------------------------------------------
@@ -205,10 +205,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema": 0.995,
     },
 }
-# What a resumed run may change: how long it goes on and where. --epochs and --max-minutes also move the drop
-# of the learning rate (--drop-by); one that has happened stays.
-RESUMABLE = ("epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "compile")
-RESUMABLE += ("checkpointing", "probe")
 
 
 def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
@@ -217,7 +213,7 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
     if typed.resume and typed.config:
         raise InputError("--config", "a resumed run has its own settings", "leave --config or --resume out")
     if typed.resume:
-        return settings_of_resumed(Path(typed.resume), parse)
+        return settings_of_resumed(Path(typed.resume), parse, TrainConfig)
     if typed.config and typed.preset != "published":
         raise InputError(f"--preset {typed.preset}", "--config has all settings", "leave one of them out")
     if typed.config:
@@ -234,69 +230,6 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         own = initial.network_settings(initial.read_initial(typed.init))
         return parse(command.from_plain(TrainConfig, command.to_plain(defaults) | own))
     return parse(defaults)
-
-
-def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
-    """Return the settings of a run to go on with; InputError where the command line contradicts them."""
-    if folder.name in ("", ".."):  # --resume . has no name
-        folder = folder.resolve()
-    if folds.is_run_of_folds(folder):
-        return settings_of_folds(folder, parse)
-    checkpoint, _ = checkpoints.load_last(folder)
-    check_network_settings(folder / "last.pt", checkpoint.get("config"))
-    saved = command.from_plain(TrainConfig, checkpoint["config"], folder / "last.pt")
-    defaults = dataclasses.replace(
-        saved,
-        resume=str(folder),
-        config=None,
-        results_dir=str(folder.parent),
-        run=folder.name,
-        max_minutes=None,
-    )
-    settings = rates.settle_rates(folder, parse, defaults, checkpoint)
-    before = command.to_plain(defaults) | {
-        name: getattr(settings, name) for name in (*rates.RATES, "rate_since")
-    }
-    refuse_changes(folder, settings, before, (*RESUMABLE, "resume"))
-    return settings
-
-
-def settings_of_folds(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
-    """Return the settings of a run of folds to go on with; --max-minutes stays that of each fold."""
-    saved = command.from_plain(TrainConfig, files.read_json(folder / "config.json", "--resume", "a run"))
-    place = {"results_dir": str(folder.parent), "run": folder.name, "config": None}
-    defaults = dataclasses.replace(saved, resume=str(folder), **place)
-    settings = parse(defaults)
-    refuse_changes(folder, settings, command.to_plain(defaults), (*RESUMABLE, "resume", "fold"))
-    return settings
-
-
-def refuse_changes(folder: Path, settings: TrainConfig, before: dict[str, Any], free: Sequence[str]) -> None:
-    """Raise InputError where settings that are not free are others than those of the run resumed."""
-    for name, value in command.to_plain(settings).items():
-        if value != before[name] and name not in free:
-            flag = command.flag_of(name)
-            raise InputError(
-                f"{flag} {value}", f"{folder} was trained with {before[name]}", "leave the flag out"
-            )
-
-
-def share_batch(config: TrainConfig, before: int, now: int) -> TrainConfig:
-    """Return settings by which `now` ranks move the weights after as many slabs as `before` ranks did.
-
-    Where it can, --accumulate changes and the batch on each rank stays; else that batch. InputError where the
-    slabs cannot be shared equally.
-    """
-    if (config.accumulate * before) % now == 0:
-        return dataclasses.replace(config, accumulate=config.accumulate * before // now)
-    if (config.batch_size * before) % now == 0:
-        return dataclasses.replace(config, batch_size=config.batch_size * before // now)
-    slabs = config.batch_size * config.accumulate * before
-    raise InputError(
-        "--nproc-per-node",
-        f"{now} ranks cannot share the {slabs} slabs after which {config.resume} moves its weights",
-        f"resume it on {before} rank(s) or another divisor",
-    )
 
 
 @dataclass(frozen=True)

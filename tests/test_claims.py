@@ -13,9 +13,10 @@ import pytest
 import train_drunet_v2 as train
 from audit.output import Output, check_outputs
 from cohort.selection import TrainingSource
-from runtime import claims, command
+from runtime import checkpoints, claims, command
 from runtime.claims import LOCK, claim_folder, claim_new_folder
 from runtime.files import check_output_folder, make_plain_name, write_atomically
+from training.resume import settings_of_resumed
 
 ROOT = Path(__file__).resolve().parents[1]
 ExpectInputError = Callable[..., AbstractContextManager[None]]
@@ -202,8 +203,8 @@ def test_plain_names_are_taken(name: str) -> None:
 
 def test_a_run_is_resumed_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"config": command.to_plain(train.TrainConfig(run="old")), "epoch": 1, "best_epoch": 1}
-    monkeypatch.setattr(train.checkpoints, "load_checkpoint", lambda _: content)
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda _: content)
     (tmp_path / "old").mkdir()
     monkeypatch.chdir(tmp_path / "old")
-    settings = train.settings_of_resumed(Path(), lambda defaults: defaults)
+    settings = settings_of_resumed(Path(), lambda defaults: defaults, train.TrainConfig)
     assert Path(settings.results_dir, settings.run) == tmp_path / "old"

@@ -35,7 +35,8 @@ from inference_v2 import (
 )
 from runtime.checkpoints import load_checkpoint, newest_run, save_checkpoint
 from runtime.command import parse, to_plain
-from train_drunet_v2 import TrainConfig, choose_settings, place_run, share_batch
+from train_drunet_v2 import TrainConfig, choose_settings, place_run
+from training.resume import share_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
