@@ -15,13 +15,12 @@ import dataclasses
 import functools
 import itertools
 import math
-import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports that take seconds
     from runtime import signals
@@ -61,7 +60,9 @@ from runtime.log import log, log_to_file, progress, start_log
 from runtime.place import Place
 from runtime.state import Clock, Recipe, TrainState, start_state
 from runtime.steps import StepGuard
+from training.epoch_end import finish_epoch, has_stalled, stop_run
 from training.resume import settings_of_resumed, share_batch
+from training.run import Run, how_to_resume, remedy_of
 from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,26 +233,6 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
     return parse(defaults)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run's fixed facts: settings, folder, device, and what its checkpoints say of the data."""
-
-    config: TrainConfig
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype | None  # of autocast; None is float32
-    facts: dict[
-        str, Any
-    ]  # data_kind, held_out, skipped, split_sha256, spacing_mm, and the identities of the cases seen
-    records: dict[str, bytes] = field(default_factory=dict)  # files that resuming and the audit need
-
-    @property
-    def title(self) -> str:
-        """The run's name and what its numbers are of."""
-        is_real = self.facts["data_kind"] == "real"
-        return f"{folds.name_run(self.folder)}: {'real data' if is_real else phantom.PHANTOM_NOTE}"
-
-
 # ------------------------------------------------------------------------------------------------------------
 # One epoch, one validation
 # ------------------------------------------------------------------------------------------------------------
@@ -323,16 +304,6 @@ def train_one_epoch(
     return figures | {"steps_left_out": place.left_out, "steps_overflowed": place.overflowed}
 
 
-def remedy_of(run: Run, state: TrainState) -> str:
-    """Return where a run stands whose numbers are no longer finite, and how to go on from there."""
-    if not state.epoch:
-        return "take a lower --learning-rate or --no-amp"
-    return (
-        f"{run.folder} stands at epoch {state.epoch}: start a run from its weights with --init "
-        f"{run.folder / 'best.pt'} and a lower --learning-rate or --no-amp"
-    )
-
-
 def update_weights(config: TrainConfig, state: TrainState, warmup_steps: int) -> bool:
     """Move the weights by the gradients added up since the last time, and their average after them.
 
@@ -391,11 +362,6 @@ def validate(
     return np.stack(ranks.gather_shares(list(dice)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The end of an epoch, the end of a run
-# ------------------------------------------------------------------------------------------------------------
-
-
 def as_trained_model(run: Run, state: TrainState) -> inference.TrainedModel:
     """Return the weights to be validated as a model ready to predict."""
     config = run.config
@@ -420,98 +386,9 @@ def validate_epoch(run: Run, state: TrainState, cases: Sequence[cache.PreparedCa
         raise InputError(error.place, error.problem, remedy_of(run, state)) from error
 
 
-def finish_epoch(
-    run: Run, state: TrainState, clock: Clock, figures: dict[str, float], dice: np.ndarray
-) -> None:
-    """Log an epoch, keep its weights, as the best where they are, and set the next learning rate."""
-    config = run.config
-    at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))].mean(0)  # (R,)
-    rate = state.optimizer.param_groups[0]["lr"]  # of the epoch that ends
-    is_best_gone = ranks.from_main(state.best_epoch > 0 and not (run.folder / "best.pt").exists())
-    is_better = float(at_half.mean()) > state.best_dice or is_best_gone
-    if is_better:
-        state.best_dice, state.best_epoch = float(at_half.mean()), state.epoch
-    drop_rate_where_due(config, state, clock, float(at_half.mean()))
-    peak_gb = machine.peak_memory_gb(run.device)
-    if ranks.is_main():
-        row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
-        row |= {
-            f"validation_dice_{name}": float(v)
-            for name, v in zip(config.source.regions, at_half, strict=True)
-        }
-        row |= {"peak_memory_gb": peak_gb}
-        state.log = [*state.log, {name: str(value) for name, value in row.items()}]
-        files.restore_files(run.folder, run.records)
-        if is_best_gone:
-            log.warning("%s is gone: this epoch is kept in its place", run.folder / "best.pt")
-        if is_better:
-            write_best(run, state, dice)
-        settings = {"config": command.to_plain(config), "ranks": ranks.world_size()}
-        checkpoints.save_checkpoint(run.folder / "last.pt", state.to_checkpoint() | settings | run.facts)
-    scores = " ".join(
-        f"{region} {value:.4f}" for region, value in zip(config.source.regions, at_half, strict=True)
-    )
-    log.info(
-        f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation "
-        f"Dice per case {scores}{several.show_scores(figures)}{' *' if is_better else '  '}  lr {rate:.1e}  "
-        f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
-        f"peak {peak_gb:.2f} GiB"
-    )
-    if ranks.is_main():  # after the checkpoint, from which what fails here can be made again
-        table = epoch_log.write_rows(run.folder / "log.csv", state.log)
-        path = run.folder / "curves.png"
-        plots.try_to_draw(path, lambda: plots.plot_curves(path, table, run.title))
-
-
-def has_stalled(config: TrainConfig, state: TrainState) -> bool:
-    """Return whether validation Dice has not risen for --early-stop epochs."""
-    return state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop
-
-
-def stop_run(run: Run, state: TrainState, place: Place, steps: int) -> NoReturn:
-    """Save last.pt amid an epoch of so many steps and stop, saying how to go on."""
-    last = run.folder / "last.pt"
-    saved = {"place": places.to_checkpoint(place, run.config.batch_size)}
-    saved |= {"config": command.to_plain(run.config), "ranks": ranks.world_size()}
-    if ranks.is_main():
-        checkpoints.save_checkpoint(last, state.to_checkpoint() | saved | run.facts)
-    log.info(f"stopped in epoch {state.epoch + 1} after step {place.steps} of {steps}; saved in {last}")
-    raise signals.Stopped(f"saved after step {place.steps} of {steps}, {how_to_resume(run)}", is_agreed=True)
-
-
-def how_to_resume(run: Run) -> str:
-    """Return the words that say how to go on with a run."""
-    return f"go on with: python train_drunet_v2.py --resume {shlex.quote(str(run.folder))}"
-
-
-def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, validation_dice: float) -> None:
-    """Drop the learning rate where validation Dice stands still, or where it is time in any case."""
-    done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
-    done = max(clock.fraction_used(), done)
-    if config.schedule == "cosine":
-        share = min(done / config.drop_by, 1.0)
-        above = (config.learning_rate - config.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
-        for group in state.optimizer.param_groups:
-            group["lr"] = config.min_learning_rate + above
-        return
-    state.scheduler.step(validation_dice)
-    if done >= config.drop_by:
-        for group in state.optimizer.param_groups:
-            group["lr"] = min(group["lr"], config.min_learning_rate)
-
-
-def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
-    """Write best.pt: weights, settings, and per region the threshold with the highest validation Dice."""
-    sweep = dice.mean(0)  # (R, T)
-    content = {
-        "model": state.evaluated.state_dict(),
-        "config": command.to_plain(run.config),
-        "thresholds": [float(THRESHOLDS[highest]) for highest in sweep.argmax(1)],
-        "threshold_sweep": {"thresholds": THRESHOLDS.tolist(), "validation_dice": sweep.tolist()},
-        "epoch": state.epoch,
-        "validation_dice": state.best_dice,
-    }
-    checkpoints.save_checkpoint(run.folder / "best.pt", content | run.facts)
+# ------------------------------------------------------------------------------------------------------------
+# The end of a run
+# ------------------------------------------------------------------------------------------------------------
 
 
 def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
