@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from audit.compare import list_seen
 from audit.folds import join_rows
+from audit.inputs import read_case
 from audit.postprocess import join_settings, postprocess, settings_of, threshold_regions
 from cohort.cases import load_case
 from cohort.ensemble import Members, check_members, join_checkpoints
@@ -31,7 +32,6 @@ from inference_v2 import (
     predict_views,
     predict_volume,
     predict_with_spread,
-    read_case,
 )
 from runtime.checkpoints import load_checkpoint, newest_run, save_checkpoint
 from runtime.command import parse, to_plain
