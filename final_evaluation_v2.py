@@ -31,6 +31,7 @@ import torch
 import tyro
 
 from audit.browse import Browse, KeptPrediction, keep_prediction, list_notes, open_cases
+from audit.cohorts import choose_cohorts, fetch_seen, read_split_of, recorded_pairs
 from audit.compare import compare_runs
 from audit.figures import draw_figures
 from audit.folds import (
@@ -47,33 +48,29 @@ from audit.pages import write_run_pages
 from audit.postprocess import postprocess, settings_of, threshold_regions
 from audit.report import log_summary, write_report
 from audit.results import AuditResults
-from audit.score import PARTIAL, ScoreSettings, leave_partial, score_predictions
+from audit.score import PARTIAL, choose_scoring, leave_partial, score_predictions
 from audit.seen import attach_volumes, count_grades, identify_seen, search_leakage
 from audit.sources import add_origin, count_missing, summarise_by_source
 from audit.statistics import CALIBRATION_EDGES, reliability_counts, summarise_calibration
-from cohort.cache import PreparedCase, prepare_cases, prepare_for_all_ranks
-from cohort.cases import Case, with_reference
+from cohort.cache import PreparedCase, prepare_for_all_ranks
+from cohort.cases import Case
 from cohort.ensemble import join_sha256
 from cohort.fingerprints import fingerprint_modality
 from cohort.folds import check_splits, is_run_of_folds, list_finished
 from cohort.labels import Regions
-from cohort.layouts import CaseSource, find_cases, find_cases_of_run, log_cases
+from cohort.layouts import CaseSource
 from cohort.leakage import (
     Pairs,
     identify_case,
     list_pairs,
     read_different,
     select_proven,
-    unpack_identities,
 )
-from cohort.several import list_folders, rename_patients, show_folders
-from cohort.split import cases_of_split, read_split
 from inference_v2 import VIEWS, TrainedModel, choose_threads, join_models, load_model, predict_views
 from runtime import signals
 from runtime.checkpoints import newest_run
 from runtime.claims import claim_folder
 from runtime.command import BatchSize, Seed, command_line, run_command
-from runtime.errors import InputError
 from runtime.files import (
     check_output_folder,
     file_sha256,
@@ -335,105 +332,6 @@ def main(config: EvaluationConfig) -> None:
     log.info("report: %s", folder / "report.html")
     if folder == run / "evaluation":
         write_run_pages(run)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Which cases
-# ------------------------------------------------------------------------------------------------------------
-
-
-def choose_scoring(config: EvaluationConfig) -> ScoreSettings | None:
-    """Return what is scored without a network, None without --predictions; InputError on flags at odds."""
-    if config.predictions is None:
-        for flag, given in (("--regions", config.regions), ("--allow-missing", config.allow_missing)):
-            if given:
-                raise InputError(flag, "belongs to --predictions", "leave it out; a run has its own regions")
-        return None
-    if config.data_dir is None:
-        raise InputError(
-            "--predictions", "the references are not named", "name the cases' folder by --data-dir"
-        )
-    for flag, given in (("--run", config.run), ("--external-dir", config.external.data_dir)):
-        if given:
-            raise InputError(flag, "does not go with --predictions, which has no network", "leave one out")
-    return ScoreSettings(
-        predictions=Path(config.predictions),
-        source=CaseSource(
-            config.data_dir,
-            config.external.layout,
-            config.external.mapping,
-            config.external.slice_channel,
-        ),
-        regions=config.regions,
-        allow_missing=config.allow_missing,
-        output=Path(config.output) if config.output else None,
-        seed=config.seed,
-        browse=config.browse,
-    )
-
-
-def read_split_of(run: Path, model: TrainedModel) -> dict[str, Any]:
-    """Return the split of a run; InputError where it is not the one its checkpoint was trained with."""
-    split = read_split(run / "split.json")
-    if split["sha256"] != model.checkpoint["split_sha256"]:
-        raise InputError(
-            run / "split.json", "not the split the checkpoint was trained with", "restore the run's own"
-        )
-    return split
-
-
-def choose_cohorts(
-    config: EvaluationConfig,
-    run: Path,
-    model: TrainedModel,
-    split: dict[str, Any],
-    with_external: bool = True,
-) -> dict[str, list[Case]]:
-    """Return the cases of validation, internal, and external where there is one.
-
-    With them come, as "seen", the cases of train that are still there, and as "train" the same where the
-    checkpoint does not identify them.
-    """
-    settings = model.checkpoint["config"]
-    data_dir = config.data_dir or settings["data_dir"]
-    place = show_folders(data_dir)
-    cases = with_reference(find_cases_of_run(settings, data_dir), place)
-    cases = rename_patients(cases, model.checkpoint.get("joined_patients", {}))
-    cohorts: dict[str, list[Case]] = {
-        "validation": cases_of_split(cases, split, "validation", place),
-        "internal": cases_of_split(cases, split, "test", place),
-    }
-    external_dir = config.external.data_dir
-    demo_external = Path(list_folders(data_dir)[0]).with_name("phantom_external")
-    if external_dir is None and model.checkpoint["data_kind"] == "phantom" and demo_external.is_dir():
-        external_dir = str(demo_external)
-    if external_dir is not None and with_external:
-        source = dataclasses.replace(config.external, data_dir=external_dir)
-        external = find_cases(source, model.modalities, model.is_partial)
-        log_cases(external, "external: ")
-        cohorts["external"] = with_reference(external, external_dir)
-    counts = ", ".join(f"{len(members)} {cohort} cases" for cohort, members in cohorts.items())
-    log.info("auditing %s: %s", run, counts)
-    training = [case for case in cases if case.case_id in set(split["train"])]
-    if unpack_identities(model.checkpoint) is None:
-        cohorts["train"] = training
-    return cohorts | {"seen": training}
-
-
-def fetch_seen(
-    at_hand: Sequence[Case], settings: tuple[Sequence[str], Sequence[str], str], wanted: set[str]
-) -> list[PreparedCase]:
-    """Return, prepared, the training and validation cases of these ids; none where they are not readable."""
-    try:
-        return prepare_cases([case for case in at_hand if case.case_id in wanted], *settings)
-    except InputError as error:
-        log.warning("cases of training that look like tested ones cannot be compared: %s", error)
-        return []
-
-
-def recorded_pairs(checkpoint: dict[str, Any]) -> Pairs:
-    """Return the pairs that were declared different in training."""
-    return frozenset(map(frozenset, checkpoint.get("declared_different", ())))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from audit.facts import check_facts, check_onnx_facts
+from audit.inputs import choose_inputs, read_case
 from audit.output import (
     Output,
     Prediction,
@@ -37,34 +38,26 @@ from audit.output import (
     digest,
     failed_row,
     find_done,
-    log_table,
-    warn_of_intensities,
+    report,
     write_case,
-    write_table,
 )
 from audit.postprocess import check_choices, join_settings, postprocess, settings_of, threshold_regions
-from cohort.cases import Case, load_case, normalise_case, warn_of_missing
+from cohort.cases import Case
 from cohort.ensemble import Members, check_members, join_checkpoints
 from cohort.folds import list_checkpoints
-from cohort.inputs import find_readable
-from cohort.layouts import CaseSource, Channel, LayoutName, find_cases_of_run, log_cases
+from cohort.layouts import Channel, LayoutName, log_cases
 from cohort.network import check_network_settings, check_widths
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
-    NO_SLICE_TO_RUN,
     Frame,
     Placement,
-    find_head_box,
     find_unlike_spacing,
     fit_slices,
     gather_slab,
     pixel_mm,
     place_case,
-    place_modalities,
     unfit_slices,
 )
-from cohort.several import show_folders
-from cohort.split import cases_of_split, read_split
 from model_drunet_v2 import build_network, prepare_network
 from runtime import cpu_threads, signals
 from runtime.checkpoints import load_checkpoint, load_weights, newest_run
@@ -407,54 +400,6 @@ def _predict_members(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def choose_inputs(
-    config: InferenceConfig, model: TrainedModel, checkpoint: Path, failed: list[Row] | None = None
-) -> list[Case]:
-    """Return the cases to segment: those named, or the held-out test cases of the checkpoint's run.
-
-    Cases that cannot be told or lack a modality are left out and added to `failed`, as rows of volumes.csv.
-    Raises InputError where no case is left.
-    """
-    if not config.input:
-        settings = model.checkpoint["config"]
-        if model.is_ensemble and "split_sha256" not in model.checkpoint:
-            raise InputError(
-                checkpoint, "its networks have no test cases in common", "name some cases by --input"
-            )
-        if "data_dir" not in settings:
-            raise InputError(checkpoint, "an exported network knows no test cases", "name some by --input")
-        data_dir = settings["data_dir"]
-        log.info("no --input: segmenting the held-out test cases of %s", show_folders(data_dir))
-        cases = find_cases_of_run(settings, data_dir)
-        split = read_split(checkpoint.parent / "split.json")
-        return cases_of_split(cases, split, "test", show_folders(data_dir))
-    cases, errors = find_readable(
-        config.input,
-        CaseSource(layout=config.layout, slice_channel=config.slice_channel),
-        model.modalities,
-        model.is_partial,
-    )
-    if failed is not None:
-        failed += [failed_row(name, error) for name, error in errors]
-    return cases
-
-
-def read_case(case: Case, modalities: Sequence[str]) -> ReadCase:
-    """Read and normalise one case; of the raw intensities only those of its first modality stay."""
-    present = [name for name in modalities if name in case.modalities]
-    loaded = load_case(case, present, with_labels=False)
-    volume, brain = normalise_case(case, loaded, present)
-    volume = place_modalities(volume, present, modalities)
-    brain_voxels = brain.sum((1, 2))
-    if brain_voxels.max() < BRAIN_SLICE_VOXELS:  # "0.0 ml" would not be a finding
-        raise InputError(case.modalities[present[0]][0], NO_SLICE_TO_RUN, "look at the scan")
-    warnings = warn_of_missing([name for name in modalities if name not in present])
-    warnings += [*loaded.warnings, *warn_of_intensities(loaded.volume, present)]
-    frame = Frame(find_head_box(brain), loaded.spacing_mm if case.layout != "slices" else None)
-    first = loaded.volume[0].copy()
-    return ReadCase(case, volume, brain_voxels, first, loaded.spacing_mm, frame, tuple(warnings))
-
-
 def thresholds_of(config: InferenceConfig, model: TrainedModel) -> tuple[float, ...]:
     """Return the threshold per region: the one asked for, else the checkpoint's."""
     return model.thresholds if config.threshold is None else (config.threshold,) * len(model.regions)
@@ -576,17 +521,6 @@ def main(config: InferenceConfig) -> None:
     wait_for_all()  # torchrun stops the other ranks once one has ended with an exit code
     if any(row.get("error") for row in rows):
         sys.exit(1)
-
-
-def report(output: Output, model: TrainedModel, rows: Sequence[Row]) -> None:
-    """Write volumes.csv and log what is in it."""
-    table = write_table(output, rows)
-    failures = log_table(table, rows)
-    if model.checkpoint.get("data_kind") == "phantom":
-        log.warning("the network was trained on synthetic phantoms; its masks of real scans mean nothing")
-    log.info("masks, overlays and volumes.csv are in %s", output.folder)
-    if failures:
-        log.error("%d case(s) failed; `error` in volumes.csv says why", failures)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -8,20 +8,18 @@
     python train_drunet_v2.py --init results/RUN/best.pt ...      a new run from the weights of another
     torchrun --nproc-per-node 2 -- train_drunet_v2.py ...    the same on two GPUs, --batch-size on each
 
-A run is a folder in results/ that explains itself; results/README.md says what it holds.
+A run is a folder in results/ that explains itself; results/README.md says what it holds. How a run starts,
+what follows validation, and what --resume may change are in training/.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
-import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 if __name__ == "__main__":  # before the imports that take seconds
     from runtime import signals
@@ -37,31 +35,38 @@ from torch.utils.data import DataLoader
 import dataset_balance_v2 as dataset
 import inference_v2 as inference
 import model_drunet_v2 as model
-from audit import overlays, pages, plots, postprocess
+from audit import pages, postprocess
 from cohort import cache, folds, initial, phantom, selection, several
-from cohort.network import check_network_settings, check_widths
+from cohort.network import check_widths
 from cohort.selection import TrainingSource
-from cohort.split import SPLIT_PARTS
 from runtime import (
     checkpoints,
-    claims,
     command,
-    cpu_threads,
     epoch_log,
     files,
     machine,
-    probe,
     ranks,
-    rates,
     signals,
 )
 from runtime import place as places
 from runtime.command import Count, CountOrZero, Decay, NotNegative, PlainName, Positive, Seed, Share
 from runtime.errors import InputError
-from runtime.log import log, log_to_file, progress, start_log
+from runtime.log import log, progress, start_log
 from runtime.place import Place
-from runtime.state import Clock, Recipe, TrainState, start_state
+from runtime.state import Clock, TrainState
 from runtime.steps import StepGuard
+from training.epoch_end import finish_epoch, has_stalled, stop_run
+from training.resume import settings_of_resumed, share_batch
+from training.run import Run, how_to_resume, remedy_of
+from training.start import (
+    choose_threads,
+    draw_first_batch,
+    log_start,
+    make_state,
+    open_run,
+    place_run,
+    prepare_step,
+)
 from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,10 +207,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema": 0.995,
     },
 }
-# What a resumed run may change: how long it goes on and where. --epochs and --max-minutes also move the drop
-# of the learning rate (--drop-by); one that has happened stays.
-RESUMABLE = ("epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "compile")
-RESUMABLE += ("checkpointing", "probe")
 
 
 def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
@@ -214,7 +215,7 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
     if typed.resume and typed.config:
         raise InputError("--config", "a resumed run has its own settings", "leave --config or --resume out")
     if typed.resume:
-        return settings_of_resumed(Path(typed.resume), parse)
+        return settings_of_resumed(Path(typed.resume), parse, TrainConfig)
     if typed.config and typed.preset != "published":
         raise InputError(f"--preset {typed.preset}", "--config has all settings", "leave one of them out")
     if typed.config:
@@ -231,89 +232,6 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         own = initial.network_settings(initial.read_initial(typed.init))
         return parse(command.from_plain(TrainConfig, command.to_plain(defaults) | own))
     return parse(defaults)
-
-
-def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
-    """Return the settings of a run to go on with; InputError where the command line contradicts them."""
-    if folder.name in ("", ".."):  # --resume . has no name
-        folder = folder.resolve()
-    if folds.is_run_of_folds(folder):
-        return settings_of_folds(folder, parse)
-    checkpoint, _ = checkpoints.load_last(folder)
-    check_network_settings(folder / "last.pt", checkpoint.get("config"))
-    saved = command.from_plain(TrainConfig, checkpoint["config"], folder / "last.pt")
-    defaults = dataclasses.replace(
-        saved,
-        resume=str(folder),
-        config=None,
-        results_dir=str(folder.parent),
-        run=folder.name,
-        max_minutes=None,
-    )
-    settings = rates.settle_rates(folder, parse, defaults, checkpoint)
-    before = command.to_plain(defaults) | {
-        name: getattr(settings, name) for name in (*rates.RATES, "rate_since")
-    }
-    refuse_changes(folder, settings, before, (*RESUMABLE, "resume"))
-    return settings
-
-
-def settings_of_folds(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
-    """Return the settings of a run of folds to go on with; --max-minutes stays that of each fold."""
-    saved = command.from_plain(TrainConfig, files.read_json(folder / "config.json", "--resume", "a run"))
-    place = {"results_dir": str(folder.parent), "run": folder.name, "config": None}
-    defaults = dataclasses.replace(saved, resume=str(folder), **place)
-    settings = parse(defaults)
-    refuse_changes(folder, settings, command.to_plain(defaults), (*RESUMABLE, "resume", "fold"))
-    return settings
-
-
-def refuse_changes(folder: Path, settings: TrainConfig, before: dict[str, Any], free: Sequence[str]) -> None:
-    """Raise InputError where settings that are not free are others than those of the run resumed."""
-    for name, value in command.to_plain(settings).items():
-        if value != before[name] and name not in free:
-            flag = command.flag_of(name)
-            raise InputError(
-                f"{flag} {value}", f"{folder} was trained with {before[name]}", "leave the flag out"
-            )
-
-
-def share_batch(config: TrainConfig, before: int, now: int) -> TrainConfig:
-    """Return settings by which `now` ranks move the weights after as many slabs as `before` ranks did.
-
-    Where it can, --accumulate changes and the batch on each rank stays; else that batch. InputError where the
-    slabs cannot be shared equally.
-    """
-    if (config.accumulate * before) % now == 0:
-        return dataclasses.replace(config, accumulate=config.accumulate * before // now)
-    if (config.batch_size * before) % now == 0:
-        return dataclasses.replace(config, batch_size=config.batch_size * before // now)
-    slabs = config.batch_size * config.accumulate * before
-    raise InputError(
-        "--nproc-per-node",
-        f"{now} ranks cannot share the {slabs} slabs after which {config.resume} moves its weights",
-        f"resume it on {before} rank(s) or another divisor",
-    )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's fixed facts: settings, folder, device, and what its checkpoints say of the data."""
-
-    config: TrainConfig
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype | None  # of autocast; None is float32
-    facts: dict[
-        str, Any
-    ]  # data_kind, held_out, skipped, split_sha256, spacing_mm, and the identities of the cases seen
-    records: dict[str, bytes] = field(default_factory=dict)  # files that resuming and the audit need
-
-    @property
-    def title(self) -> str:
-        """The run's name and what its numbers are of."""
-        is_real = self.facts["data_kind"] == "real"
-        return f"{folds.name_run(self.folder)}: {'real data' if is_real else phantom.PHANTOM_NOTE}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -387,16 +305,6 @@ def train_one_epoch(
     return figures | {"steps_left_out": place.left_out, "steps_overflowed": place.overflowed}
 
 
-def remedy_of(run: Run, state: TrainState) -> str:
-    """Return where a run stands whose numbers are no longer finite, and how to go on from there."""
-    if not state.epoch:
-        return "take a lower --learning-rate or --no-amp"
-    return (
-        f"{run.folder} stands at epoch {state.epoch}: start a run from its weights with --init "
-        f"{run.folder / 'best.pt'} and a lower --learning-rate or --no-amp"
-    )
-
-
 def update_weights(config: TrainConfig, state: TrainState, warmup_steps: int) -> bool:
     """Move the weights by the gradients added up since the last time, and their average after them.
 
@@ -455,11 +363,6 @@ def validate(
     return np.stack(ranks.gather_shares(list(dice)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The end of an epoch, the end of a run
-# ------------------------------------------------------------------------------------------------------------
-
-
 def as_trained_model(run: Run, state: TrainState) -> inference.TrainedModel:
     """Return the weights to be validated as a model ready to predict."""
     config = run.config
@@ -484,98 +387,9 @@ def validate_epoch(run: Run, state: TrainState, cases: Sequence[cache.PreparedCa
         raise InputError(error.place, error.problem, remedy_of(run, state)) from error
 
 
-def finish_epoch(
-    run: Run, state: TrainState, clock: Clock, figures: dict[str, float], dice: np.ndarray
-) -> None:
-    """Log an epoch, keep its weights, as the best where they are, and set the next learning rate."""
-    config = run.config
-    at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))].mean(0)  # (R,)
-    rate = state.optimizer.param_groups[0]["lr"]  # of the epoch that ends
-    is_best_gone = ranks.from_main(state.best_epoch > 0 and not (run.folder / "best.pt").exists())
-    is_better = float(at_half.mean()) > state.best_dice or is_best_gone
-    if is_better:
-        state.best_dice, state.best_epoch = float(at_half.mean()), state.epoch
-    drop_rate_where_due(config, state, clock, float(at_half.mean()))
-    peak_gb = machine.peak_memory_gb(run.device)
-    if ranks.is_main():
-        row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
-        row |= {
-            f"validation_dice_{name}": float(v)
-            for name, v in zip(config.source.regions, at_half, strict=True)
-        }
-        row |= {"peak_memory_gb": peak_gb}
-        state.log = [*state.log, {name: str(value) for name, value in row.items()}]
-        files.restore_files(run.folder, run.records)
-        if is_best_gone:
-            log.warning("%s is gone: this epoch is kept in its place", run.folder / "best.pt")
-        if is_better:
-            write_best(run, state, dice)
-        settings = {"config": command.to_plain(config), "ranks": ranks.world_size()}
-        checkpoints.save_checkpoint(run.folder / "last.pt", state.to_checkpoint() | settings | run.facts)
-    scores = " ".join(
-        f"{region} {value:.4f}" for region, value in zip(config.source.regions, at_half, strict=True)
-    )
-    log.info(
-        f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation "
-        f"Dice per case {scores}{several.show_scores(figures)}{' *' if is_better else '  '}  lr {rate:.1e}  "
-        f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
-        f"peak {peak_gb:.2f} GiB"
-    )
-    if ranks.is_main():  # after the checkpoint, from which what fails here can be made again
-        table = epoch_log.write_rows(run.folder / "log.csv", state.log)
-        path = run.folder / "curves.png"
-        plots.try_to_draw(path, lambda: plots.plot_curves(path, table, run.title))
-
-
-def has_stalled(config: TrainConfig, state: TrainState) -> bool:
-    """Return whether validation Dice has not risen for --early-stop epochs."""
-    return state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop
-
-
-def stop_run(run: Run, state: TrainState, place: Place, steps: int) -> NoReturn:
-    """Save last.pt amid an epoch of so many steps and stop, saying how to go on."""
-    last = run.folder / "last.pt"
-    saved = {"place": places.to_checkpoint(place, run.config.batch_size)}
-    saved |= {"config": command.to_plain(run.config), "ranks": ranks.world_size()}
-    if ranks.is_main():
-        checkpoints.save_checkpoint(last, state.to_checkpoint() | saved | run.facts)
-    log.info(f"stopped in epoch {state.epoch + 1} after step {place.steps} of {steps}; saved in {last}")
-    raise signals.Stopped(f"saved after step {place.steps} of {steps}, {how_to_resume(run)}", is_agreed=True)
-
-
-def how_to_resume(run: Run) -> str:
-    """Return the words that say how to go on with a run."""
-    return f"go on with: python train_drunet_v2.py --resume {shlex.quote(str(run.folder))}"
-
-
-def drop_rate_where_due(config: TrainConfig, state: TrainState, clock: Clock, validation_dice: float) -> None:
-    """Drop the learning rate where validation Dice stands still, or where it is time in any case."""
-    done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
-    done = max(clock.fraction_used(), done)
-    if config.schedule == "cosine":
-        share = min(done / config.drop_by, 1.0)
-        above = (config.learning_rate - config.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
-        for group in state.optimizer.param_groups:
-            group["lr"] = config.min_learning_rate + above
-        return
-    state.scheduler.step(validation_dice)
-    if done >= config.drop_by:
-        for group in state.optimizer.param_groups:
-            group["lr"] = min(group["lr"], config.min_learning_rate)
-
-
-def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
-    """Write best.pt: weights, settings, and per region the threshold with the highest validation Dice."""
-    sweep = dice.mean(0)  # (R, T)
-    content = {
-        "model": state.evaluated.state_dict(),
-        "config": command.to_plain(run.config),
-        "thresholds": [float(THRESHOLDS[highest]) for highest in sweep.argmax(1)],
-        "threshold_sweep": {"thresholds": THRESHOLDS.tolist(), "validation_dice": sweep.tolist()},
-        "epoch": state.epoch,
-        "validation_dice": state.best_dice,
-    }
-    checkpoints.save_checkpoint(run.folder / "best.pt", content | run.facts)
+# ------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------
 
 
 def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
@@ -609,89 +423,6 @@ def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The start of a run
-# ------------------------------------------------------------------------------------------------------------
-
-
-def place_run(config: TrainConfig) -> TrainConfig:
-    """Return the settings with data folder and run name; the demo's phantoms are made where missing.
-
-    The run's folder is this program's until it ends; InputError where another one has it.
-    """
-    if config.resume:
-        claims.claim_folder(Path(config.results_dir) / config.run, "wait until that one ends")
-        return config
-    if config.modality_dropout and len(config.source.modalities) < 2:
-        raise InputError(
-            f"--modality-dropout {config.modality_dropout:g}",
-            "there is one modality",
-            "name more in --modalities",
-        )
-    data_dir = phantom.choose_data_dir(config.source.data_dir)
-    results, remedy = Path(config.results_dir), "choose another --run"
-    if config.run:
-        name = config.run
-        claims.claim_folder(results / name, remedy)
-    else:
-        cohorts = "_".join(several.name_cohorts(several.list_folders(data_dir)))
-        name = f"{files.make_plain_name(cohorts)}_{datetime.now():%Y%m%d_%H%M%S}"
-        name = claims.claim_new_folder(results, name, remedy)
-    if checkpoints.has_last(results / name):
-        raise InputError(f"--run {name}", "this run exists", "choose another name or --resume it")
-    source = dataclasses.replace(config.source, data_dir=data_dir)
-    return dataclasses.replace(config, source=source, run=name)
-
-
-def make_state(
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    weights: initial.InitialWeights | None = None,
-) -> TrainState:
-    """Return the state of a run before its first step, with the weights of --init where there are."""
-    try:
-        network = model.build_network(command.to_plain(config))
-    except ValueError as error:
-        raise InputError("--widths", str(error)) from error
-    if config.size % network.multiple:
-        raise InputError(
-            f"--size {config.size}",
-            f"must be a multiple of {network.multiple} for {len(config.widths)} widths",
-        )
-    if weights:
-        initial.start_from(network, command.to_plain(config), weights)
-    network.checkpointing = config.checkpointing
-    if config.sync_batchnorm:
-        network = ranks.sync_batchnorm(network, device)
-    network = network.to(device, memory_format=torch.channels_last)
-    recipe = Recipe(
-        config.learning_rate,
-        config.min_learning_rate,
-        config.patience,
-        config.weight_decay,
-        config.ema,
-        dtype,
-    )
-    return start_state(network, recipe)
-
-
-def prepare_step(run: Run, network: nn.Module) -> nn.Module:
-    """Return what a training step calls: the network, compiled and shared among ranks where asked for."""
-    config, forward = run.config, network
-    shape = (config.batch_size, network.in_channels, config.size, config.size)
-    batch = probe.Batch(shape, run.device, run.dtype)
-    if config.probe:
-        count = functools.partial(
-            model.estimate_activation_bytes, network, shape, run.dtype, side=2 * network.multiple
-        )
-        alone = ranks.world_size() == 1 or not config.sync_batchnorm
-        probe.probe_memory(network, batch, count, config.accumulate, try_smaller=alone)
-    if config.compile:
-        forward = probe.compile_network(network, lambda compiled: probe.try_step(compiled, network, batch))
-    return ranks.wrap_network(forward, run.device)
-
-
 def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
     """Return the loader of this rank's share of the balanced training slabs."""
     config = run.config
@@ -710,55 +441,6 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
         cases, table, config.context, config.size, modality_dropout=config.modality_dropout
     )
     return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
-
-
-def open_run(
-    config: TrainConfig, device: torch.device, dtype: torch.dtype | None
-) -> tuple[Run, selection.Selection]:
-    """Make the run's folder, choose its cases, and write config.json."""
-    folder = Path(config.results_dir) / config.run
-    folder.mkdir(parents=True, exist_ok=True)
-    log_to_file(folder / "train.log")
-    chosen = None
-    if ranks.is_main():
-        chosen = selection.select_cases(config.source, config.seed, folder, resumed=bool(config.resume))
-    chosen = ranks.from_main(chosen)
-    if ranks.is_main():
-        made = {"command": command.command_line(), "ranks": ranks.world_size()}
-        made |= {"split_patients": chosen.count_patients()}
-        made |= {"hardware": machine.describe_machine(device), "versions": machine.describe_versions()}
-        files.write_json(folder / "config.json", {**command.to_plain(config), **chosen.facts, **made})
-    names = ("config.json", "split.json", "skipped.csv", "held_out.csv")
-    records = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-    return Run(config, folder, device, dtype, chosen.facts, records), chosen
-
-
-def choose_threads(run: Run, network: nn.Module) -> None:
-    """Compute with the number of threads that is fastest now, where a CPU computes."""
-    if run.device.type == "cpu" and not run.config.deterministic:
-        shape = (min(run.config.batch_size, 4), network.in_channels, run.config.size, run.config.size)
-        batch = probe.Batch(shape, run.device, run.dtype)
-        cpu_threads.choose_threads(lambda: probe.try_step(network, network, batch))
-
-
-def draw_first_batch(run: Run, loader: DataLoader) -> None:
-    """Draw the first training batch, as the network sees it, into batch.png."""
-    keys = itertools.islice(loader.sampler, run.config.batch_size)
-    slabs, targets = zip(*(loader.dataset[key] for key in keys), strict=True)
-    batch = (torch.stack(slabs), torch.stack(targets), run.config.context, run.title)
-    path = run.folder / "batch.png"
-    plots.try_to_draw(path, lambda: overlays.plot_batch(path, *batch))
-
-
-def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader: DataLoader) -> None:
-    """Log what is trained on what."""
-    counts = " / ".join(str(len(chosen.split[name])) for name in SPLIT_PARTS)
-    number_format = str(run.dtype or torch.float32).removeprefix("torch.")
-    log.info(
-        f"{run.title}; {len(chosen.cases)} cases, split {counts} by patient, {len(loader.dataset)} training "
-        f"slices, {model.count_parameters(network) / 1e6:.2f} M parameters, {run.device.type}, "
-        f"{number_format}" + (f", {ranks.world_size()} ranks" if ranks.world_size() > 1 else "")
-    )
 
 
 def train_epochs(

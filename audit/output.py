@@ -266,3 +266,14 @@ def log_table(table: pd.DataFrame, rows: Sequence[Row]) -> int:
     for row in failed:
         log.error("%s was not segmented: %s", row["case"], row["error"])
     return len(failed)
+
+
+def report(output: Output, model: Any, rows: Sequence[Row]) -> None:
+    """Write volumes.csv and log what is in it; `model` is the TrainedModel of inference_v2."""
+    table = write_table(output, rows)
+    failures = log_table(table, rows)
+    if model.checkpoint.get("data_kind") == "phantom":
+        log.warning("the network was trained on synthetic phantoms; its masks of real scans mean nothing")
+    log.info("masks, overlays and volumes.csv are in %s", output.folder)
+    if failures:
+        log.error("%d case(s) failed; `error` in volumes.csv says why", failures)

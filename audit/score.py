@@ -72,6 +72,39 @@ class ScoreSettings:
         return self.output or Path("results") / self.name / "evaluation"
 
 
+def choose_scoring(config: Any) -> ScoreSettings | None:
+    """Return what is scored without a network, None without --predictions; InputError on flags at odds.
+
+    `config` is the EvaluationConfig of final_evaluation_v2.
+    """
+    if config.predictions is None:
+        for flag, given in (("--regions", config.regions), ("--allow-missing", config.allow_missing)):
+            if given:
+                raise InputError(flag, "belongs to --predictions", "leave it out; a run has its own regions")
+        return None
+    if config.data_dir is None:
+        raise InputError(
+            "--predictions", "the references are not named", "name the cases' folder by --data-dir"
+        )
+    for flag, given in (("--run", config.run), ("--external-dir", config.external.data_dir)):
+        if given:
+            raise InputError(flag, "does not go with --predictions, which has no network", "leave one out")
+    return ScoreSettings(
+        predictions=Path(config.predictions),
+        source=CaseSource(
+            config.data_dir,
+            config.external.layout,
+            config.external.mapping,
+            config.external.slice_channel,
+        ),
+        regions=config.regions,
+        allow_missing=config.allow_missing,
+        output=Path(config.output) if config.output else None,
+        seed=config.seed,
+        browse=config.browse,
+    )
+
+
 def score_predictions(settings: ScoreSettings) -> None:
     """Audit the masks of another tool against their references and write numbers, plots and report."""
     folder = settings.folder

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from audit.inputs import read_case
 from audit.postprocess import threshold_regions
 from benchmarks.common import print_table, time_pairs, write_result
 from cohort.layouts import CaseSource, find_cases
@@ -57,7 +58,6 @@ from inference_v2 import (
     compile_model,
     predict_views,
     predict_volume,
-    read_case,
     segment_cases,
     write_case,
 )

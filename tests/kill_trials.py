@@ -31,6 +31,7 @@ import torch._dynamo  # with what else a run would import later, once for all
 import torchvision.ops  # noqa: F401
 
 import train_drunet_v2 as train
+from audit import overlays, plots
 from cohort import phantom
 from runtime import command, ranks
 from runtime.checkpoints import load_checkpoint
@@ -218,7 +219,7 @@ def main() -> None:
     arguments = parser.parse_args()
     number = signal.Signals[arguments.signal]
     draw = random.Random(arguments.seed)
-    train.plots.plot_curves = train.overlays.plot_batch = draw_nothing
+    plots.plot_curves = overlays.plot_batch = draw_nothing
     results = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)

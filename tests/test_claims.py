@@ -13,9 +13,11 @@ import pytest
 import train_drunet_v2 as train
 from audit.output import Output, check_outputs
 from cohort.selection import TrainingSource
-from runtime import claims, command
+from runtime import checkpoints, claims, command
 from runtime.claims import LOCK, claim_folder, claim_new_folder
 from runtime.files import check_output_folder, make_plain_name, write_atomically
+from training.resume import settings_of_resumed
+from training.start import place_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ExpectInputError = Callable[..., AbstractContextManager[None]]
@@ -76,7 +78,7 @@ def test_a_second_program_is_refused_until_the_first_has_ended_or_was_killed(
     source = TrainingSource(str(tmp_path))
     config = train.TrainConfig(run="run", results_dir=str(tmp_path), source=source)
     with input_error(folder, "another --run"):
-        train.place_run(config)
+        place_run(config)
     os.kill(holder.pid, signal.SIGKILL)  # the process it forked lives on
     holder.wait()
     claim_folder(folder, "")
@@ -107,7 +109,7 @@ def test_a_run_that_has_ended_meanwhile_is_not_written_over(
     (tmp_path / "run" / "last.pt").touch()
     config = train.TrainConfig(run="run", results_dir=str(tmp_path), source=TrainingSource(str(tmp_path)))
     with input_error("--run run", "--resume"):
-        train.place_run(config)
+        place_run(config)
 
 
 def test_without_locks_one_warning_is_all(tmp_path: Path, monkeypatch, caplog) -> None:
@@ -202,8 +204,8 @@ def test_plain_names_are_taken(name: str) -> None:
 
 def test_a_run_is_resumed_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"config": command.to_plain(train.TrainConfig(run="old")), "epoch": 1, "best_epoch": 1}
-    monkeypatch.setattr(train.checkpoints, "load_checkpoint", lambda _: content)
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda _: content)
     (tmp_path / "old").mkdir()
     monkeypatch.chdir(tmp_path / "old")
-    settings = train.settings_of_resumed(Path(), lambda defaults: defaults)
+    settings = settings_of_resumed(Path(), lambda defaults: defaults, train.TrainConfig)
     assert Path(settings.results_dir, settings.run) == tmp_path / "old"

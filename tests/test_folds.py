@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from audit.compare import list_seen
 from audit.folds import join_rows
+from audit.inputs import read_case
 from audit.postprocess import join_settings, postprocess, settings_of, threshold_regions
 from cohort.cases import load_case
 from cohort.ensemble import Members, check_members, join_checkpoints
@@ -31,11 +32,12 @@ from inference_v2 import (
     predict_views,
     predict_volume,
     predict_with_spread,
-    read_case,
 )
 from runtime.checkpoints import load_checkpoint, newest_run, save_checkpoint
 from runtime.command import parse, to_plain
-from train_drunet_v2 import TrainConfig, choose_settings, place_run, share_batch
+from train_drunet_v2 import TrainConfig, choose_settings
+from training.resume import share_batch
+from training.start import place_run
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

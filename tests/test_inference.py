@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from audit.inputs import choose_inputs
 from audit.postprocess import threshold_regions
 from cohort.layouts import CaseSource, find_cases
 from cohort.preprocess import Frame
@@ -21,7 +22,6 @@ from inference_v2 import (
     InferenceConfig,
     OnnxNetwork,
     TrainedModel,
-    choose_inputs,
     compile_model,
     load_model,
     predict_views,

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from audit.inputs import read_case
 from cohort import limits, nifti
 from cohort.cache import prepare_cases
 from cohort.check import check_cohort
 from cohort.layouts import CaseSource, find_cases
 from cohort.nifti import decode_nifti, read_nifti_header, read_nifti_volume
 from cohort.pictures import count_pages, is_colour, read_pages, read_sizes, read_slices
-from inference_v2 import read_case
 
 FLAIR = np.arange(1, 61, dtype=np.int16).reshape(3, 4, 5)
 SEG = np.array([0, 1, 2, 4], np.uint8)[FLAIR % 4]

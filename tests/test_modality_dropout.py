@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from audit.inputs import choose_inputs, read_case
 from cohort.cache import find_key, prepare_cases
 from cohort.cases import load_case
 from cohort.inputs import find_readable
@@ -17,8 +18,9 @@ from cohort.preprocess import MISSING, Z_RANGE, normalise_volume, place_modaliti
 from cohort.selection import TrainingSource
 from dataset_balance_v2 import BalancedSampler, SlabDataset, drop_modalities, make_train_loader, slice_table
 from export_v2 import describe_checkpoint
-from inference_v2 import InferenceConfig, TrainedModel, choose_inputs, read_case
-from train_drunet_v2 import TrainConfig, place_run
+from inference_v2 import InferenceConfig, TrainedModel
+from train_drunet_v2 import TrainConfig
+from training.start import place_run
 
 FOUR = ("flair", "t1", "t1ce", "t2")
 

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from audit.compare import compare_runs
-from audit.score import ScoreSettings, score_predictions
+from audit.score import ScoreSettings, choose_scoring, score_predictions
 from cohort.layouts import CaseSource, scan_cases
 from cohort.predictions import match_predictions, name_of_case
-from final_evaluation_v2 import EvaluationConfig, ExternalSource, choose_scoring
+from final_evaluation_v2 import EvaluationConfig, ExternalSource
 from runtime.checkpoints import save_checkpoint
 from runtime.files import write_json
 

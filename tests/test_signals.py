@@ -15,12 +15,14 @@ import pytest
 import torch
 from test_ranks import said, torchrun
 
+import dataset_balance_v2 as dataset
 import final_evaluation_v2
 import inference_v2
 import train_drunet_v2 as train
+from audit import overlays, plots
 from cohort.selection import TrainingSource
 from inference_v2 import InferenceConfig
-from runtime import claims, signals
+from runtime import claims, cpu_threads, signals
 from runtime.checkpoints import load_checkpoint
 from runtime.place import restore_place
 from runtime.state import Recipe, start_state
@@ -169,8 +171,8 @@ def test_ranks_stop_at_one_step_with_one_message(script):
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run commands in this process, which handles no signals and draws nothing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.plots, "plot_curves", lambda path, *_: path.touch())
-    monkeypatch.setattr(train.overlays, "plot_batch", lambda path, *_: path.touch())
+    monkeypatch.setattr(plots, "plot_curves", lambda path, *_: path.touch())
+    monkeypatch.setattr(overlays, "plot_batch", lambda path, *_: path.touch())
     signals.catch_signals(begin=True)
     yield
     signals.release_signals()
@@ -249,10 +251,10 @@ def test_a_stopped_run_goes_on_with_the_next_draw_and_ends_with_the_same_bits(
         assert (last["place"]["draws"], last["place"]["is_over"]) == (draws, is_over)
         signals.catch_signals(begin=True)
         loaded: list[int] = []
-        original = train.dataset.SlabDataset.__getitem__
+        original = dataset.SlabDataset.__getitem__
         with monkeypatch.context() as patch:
             patch.setattr(
-                train.dataset.SlabDataset,
+                dataset.SlabDataset,
                 "__getitem__",
                 lambda self, key, get=original, loaded=loaded: loaded.append(1) or get(self, key),
             )
@@ -281,7 +283,7 @@ def test_sigterm_leaves_a_run_to_resume_and_no_litter(tmp_path: Path, phantom_co
 def test_deterministic_gives_the_same_bits_for_any_number_of_workers(
     whole: Path, phantom_cohort: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.cpu_threads, "choose_threads", lambda _: pytest.fail("threads are not chosen"))
+    monkeypatch.setattr(cpu_threads, "choose_threads", lambda _: pytest.fail("threads are not chosen"))
     train.main(dataclasses.replace(settings_of(phantom_cohort, "workers"), workers=2))
     assert torch.are_deterministic_algorithms_enabled()
     assert_same_runs(Path("results/workers"), whole)

@@ -20,9 +20,9 @@ from train_drunet_v2 import (
     PRESETS,
     TrainConfig,
     choose_settings,
-    drop_rate_where_due,
-    place_run,
 )
+from training.epoch_end import drop_rate_where_due
+from training.start import place_run
 
 
 def choose(text: str) -> TrainConfig:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from audit.inputs import choose_inputs
 from cohort.cases import MODALITIES, load_case, save_labels
 from cohort.check import check_cohort
 from cohort.labels import convention_of_names, labels_from_regions, regions_from_labels, values_of
 from cohort.layouts import CaseSource, cases_of_files, find_cases
 from cohort.resolvers import modality_named
 from cohort.selection import TrainingSource, prepare_parts, select_cases
-from inference_v2 import InferenceConfig, choose_inputs
+from inference_v2 import InferenceConfig
 
 REGIONS = ("WT", "TC", "ET")
 SHAPE = (6, 9, 8)  # D, H, W

@@ -1,0 +1,105 @@
+"""What follows validation: the log, the weights kept, the next learning rate, and whether the run goes on."""
+
+import math
+from typing import Any, NoReturn
+
+import numpy as np
+
+from audit import plots
+from cohort import several
+from runtime import checkpoints, command, epoch_log, files, machine, ranks, signals
+from runtime import place as places
+from runtime.log import log
+from runtime.place import Place
+from runtime.state import Clock, TrainState
+from training.run import Run, how_to_resume
+from utils_v2 import THRESHOLDS
+
+
+def finish_epoch(
+    run: Run, state: TrainState, clock: Clock, figures: dict[str, float], dice: np.ndarray
+) -> None:
+    """Log an epoch, keep its weights, as the best where they are, and set the next learning rate."""
+    config = run.config
+    at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))].mean(0)  # (R,)
+    rate = state.optimizer.param_groups[0]["lr"]  # of the epoch that ends
+    is_best_gone = ranks.from_main(state.best_epoch > 0 and not (run.folder / "best.pt").exists())
+    is_better = float(at_half.mean()) > state.best_dice or is_best_gone
+    if is_better:
+        state.best_dice, state.best_epoch = float(at_half.mean()), state.epoch
+    drop_rate_where_due(config, state, clock, float(at_half.mean()))
+    peak_gb = machine.peak_memory_gb(run.device)
+    if ranks.is_main():
+        row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
+        row |= {
+            f"validation_dice_{name}": float(v)
+            for name, v in zip(config.source.regions, at_half, strict=True)
+        }
+        row |= {"peak_memory_gb": peak_gb}
+        state.log = [*state.log, {name: str(value) for name, value in row.items()}]
+        files.restore_files(run.folder, run.records)
+        if is_best_gone:
+            log.warning("%s is gone: this epoch is kept in its place", run.folder / "best.pt")
+        if is_better:
+            write_best(run, state, dice)
+        settings = {"config": command.to_plain(config), "ranks": ranks.world_size()}
+        checkpoints.save_checkpoint(run.folder / "last.pt", state.to_checkpoint() | settings | run.facts)
+    scores = " ".join(
+        f"{region} {value:.4f}" for region, value in zip(config.source.regions, at_half, strict=True)
+    )
+    log.info(
+        f"epoch {state.epoch:>3}  {state.minutes:6.1f} min  loss {figures['train_loss']:.4f}  validation "
+        f"Dice per case {scores}{several.show_scores(figures)}{' *' if is_better else '  '}  lr {rate:.1e}  "
+        f"{figures['slabs_per_second']:.1f} slabs/s  waiting {figures['waiting_share']:.1%}  "
+        f"peak {peak_gb:.2f} GiB"
+    )
+    if ranks.is_main():  # after the checkpoint, from which what fails here can be made again
+        table = epoch_log.write_rows(run.folder / "log.csv", state.log)
+        path = run.folder / "curves.png"
+        plots.try_to_draw(path, lambda: plots.plot_curves(path, table, run.title))
+
+
+def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
+    """Write best.pt: weights, settings, and per region the threshold with the highest validation Dice."""
+    sweep = dice.mean(0)  # (R, T)
+    content = {
+        "model": state.evaluated.state_dict(),
+        "config": command.to_plain(run.config),
+        "thresholds": [float(THRESHOLDS[highest]) for highest in sweep.argmax(1)],
+        "threshold_sweep": {"thresholds": THRESHOLDS.tolist(), "validation_dice": sweep.tolist()},
+        "epoch": state.epoch,
+        "validation_dice": state.best_dice,
+    }
+    checkpoints.save_checkpoint(run.folder / "best.pt", content | run.facts)
+
+
+def drop_rate_where_due(config: Any, state: TrainState, clock: Clock, validation_dice: float) -> None:
+    """Drop the learning rate where validation Dice stands still, or where it is time in any case."""
+    done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
+    done = max(clock.fraction_used(), done)
+    if config.schedule == "cosine":
+        share = min(done / config.drop_by, 1.0)
+        above = (config.learning_rate - config.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
+        for group in state.optimizer.param_groups:
+            group["lr"] = config.min_learning_rate + above
+        return
+    state.scheduler.step(validation_dice)
+    if done >= config.drop_by:
+        for group in state.optimizer.param_groups:
+            group["lr"] = min(group["lr"], config.min_learning_rate)
+
+
+def has_stalled(config: Any, state: TrainState) -> bool:
+    """Return whether validation Dice has not risen for --early-stop epochs."""
+    return state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop
+
+
+def stop_run(run: Run, state: TrainState, place: Place, steps: int) -> NoReturn:
+    """Save last.pt amid an epoch of so many steps and stop, saying how to go on."""
+    last = run.folder / "last.pt"
+    saved = {"place": places.to_checkpoint(place, run.config.batch_size)}
+    saved |= {"config": command.to_plain(run.config), "ranks": ranks.world_size()}
+    if ranks.is_main():
+        checkpoints.save_checkpoint(last, state.to_checkpoint() | saved | run.facts)
+    log.info(f"stopped in epoch {state.epoch + 1} after step {place.steps} of {steps}; saved in {last}")
+    raise signals.Stopped(f"saved after step {place.steps} of {steps}, {how_to_resume(run)}", is_agreed=True)
