@@ -41,7 +41,7 @@ from audit.output import (
     report,
     write_case,
 )
-from audit.postprocess import check_choices, join_settings, postprocess, settings_of, threshold_regions
+from audit.postprocess import join_settings, postprocess, settings_of, threshold_regions
 from cohort.cases import Case
 from cohort.ensemble import Members, check_members, join_checkpoints
 from cohort.folds import list_checkpoints
@@ -233,7 +233,6 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
     if "thresholds" not in checkpoint:  # last.pt: they are chosen for best.pt alone
         log.info("%s has no thresholds and no post-processing, as best.pt has: 0.5, and none", path)
     thresholds = checkpoint.get("thresholds", (0.5,) * len(config["regions"]))
-    check_choices(path, thresholds, checkpoint, config["regions"])
     return TrainedModel(
         network=network,
         modalities=tuple(config["modalities"]),

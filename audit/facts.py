@@ -59,6 +59,9 @@ def check_facts(path: str | Path, facts: Mapping[str, Any]) -> None:
     thresholds, regions = facts.get("thresholds"), facts["config"]["regions"]
     if not misfit and thresholds is not None and len(thresholds) != len(regions):
         misfit = f"it has {len(thresholds)} thresholds for {len(regions)} regions"
+    cleaned = (facts.get("postprocessing") or {}).get("settings", {}) if not misfit else {}
+    if other := [region for region in cleaned if region not in regions]:
+        misfit = f"its post-processing is of {other[0]}, which it does not segment"
     if misfit:
         raise InputError(path, f"its settings cannot be used: {misfit}", "take another copy of the file")
 

@@ -4,7 +4,6 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,6 @@ from scipy import ndimage
 
 from audit.lesions import NEIGHBOURS_26
 from cohort.labels import nested_order
-from runtime.command import Range
-from runtime.errors import InputError
 from utils_v2 import Overlap, bounding_box
 
 COMPONENT_CANDIDATES_MM3 = (0.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0)
@@ -27,34 +24,6 @@ NO_CHANGE = {"min_component_mm3": 0.0, "fill_holes": False, "min_total_mm3": 0.0
 def settings_of(checkpoint: Mapping[str, Any]) -> Settings:
     """Return the post-processing a checkpoint was given; empty where it has none."""
     return (checkpoint.get("postprocessing") or {}).get("settings", {})
-
-
-def check_choices(
-    path: str | Path, thresholds: object, checkpoint: Mapping[str, Any], regions: Sequence[str]
-) -> None:
-    """Raise InputError where a checkpoint's thresholds or post-processing are none that training chooses."""
-    remedy = "take another checkpoint, or train again"
-    is_list = isinstance(thresholds, list | tuple) and len(thresholds) == len(regions)
-    if not is_list or not all(_is_number(each, Range(0, 1)) for each in thresholds):
-        raise InputError(
-            path, f"has the thresholds {thresholds} where one from 0 to 1 per region belongs", remedy
-        )
-    try:
-        settings = settings_of(checkpoint)
-        is_sound = all(
-            region in regions
-            and isinstance(setting["fill_holes"], bool)
-            and all(_is_number(setting[name], Range(0)) for name in ("min_component_mm3", "min_total_mm3"))
-            for region, setting in settings.items()
-        )
-    except (AttributeError, KeyError, TypeError):
-        is_sound = False
-    if not is_sound:
-        raise InputError(path, "has post-processing that training does not choose", remedy)
-
-
-def _is_number(value: object, allowed: Range) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and allowed.holds(value)
 
 
 def join_settings(choices: Sequence[Settings]) -> dict[str, dict[str, Any]]:

@@ -109,8 +109,8 @@ def score_predictions(settings: ScoreSettings) -> None:
     """Audit the masks of another tool against their references and write numbers, plots and report."""
     folder = settings.folder
     refuse_other_scores(folder, settings.predictions)
-    claim_folder(folder, "choose another --output")
     matched = choose_pairs(settings)
+    claim_folder(folder, "choose another --output")
     cases = [case for case, _ in matched.pairs]
     values = collect_values(matched.pairs)
     regions = settings.regions or usual_regions(cases)

@@ -351,6 +351,7 @@ SOUND = {"min_component_mm3": 10.0, "fill_holes": True, "min_total_mm3": 0.0}
         {"WT": SOUND | {"fill_holes": "no"}},
         {"WT": {"fill_holes": True}},
         {"XX": SOUND},
+        {"TC": SOUND},
         {"WT": 3},
         [1],
     ],
@@ -360,7 +361,7 @@ def test_post_processing_that_training_does_not_choose_is_refused(checkpoint, se
     save_checkpoint(checkpoint, content | {"postprocessing": {"settings": {"WT": SOUND}}})
     load_model(checkpoint, CPU)
     save_checkpoint(checkpoint, content | {"postprocessing": {"settings": settings}})
-    with input_error(checkpoint, "post-processing"):
+    with input_error(checkpoint, "post"):
         load_model(checkpoint, CPU)
 
 

@@ -354,11 +354,13 @@ def test_a_place_of_two_ranks_is_resumed_by_one() -> None:
             "buffers": [torch.full((1,), float(factor)), torch.full((1,), 1.0), torch.tensor(7)],
             "seconds": 2.0,
             "waited_s": 1.0,
+            "left_out": 1,
+            "overflowed": 0,
         }
         for factor in (1, 3)
     ]
     place = restore_place({"draws": 24, "is_over": False, "ranks": shares}, state, batch_size=8)
-    assert place.steps == 3
+    assert (place.steps, place.left_out) == (3, 1)
     assert place.totals.tolist() == [4.0, 8.0, 12.0, 16.0]  # the figures are sums over ranks
     assert network.running_mean.tolist() == [2.0]
     assert network.num_batches_tracked == 7

@@ -335,7 +335,7 @@ def test_files_of_other_modalities_and_masks_are_refused(tmp_path, wanted, input
 
 def test_a_glob_of_a_cases_files_is_refused_by_inference(tmp_path, input_error):
     paths = [write(tmp_path / f"p_{word}.nii.gz", NEW) for word in ("flair", "t1", "t1ce", "t2", "seg")]
-    model = SimpleNamespace(modalities=("flair",))
+    model = SimpleNamespace(modalities=("flair",), is_partial=False)
     with input_error(paths[1], "it is t1", "the network takes flair"):
         choose_inputs(InferenceConfig(input=tuple(map(str, paths))), model, Path("best.pt"))
     (case,) = choose_inputs(InferenceConfig(input=(str(paths[0]),)), model, Path("best.pt"))
