@@ -15,6 +15,9 @@ SLICES_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # PNG and TIF carry no geometry
 TIF_RATIO = 10_000  # a byte of a TIF unpacks to no more; blank LZW reaches 1,400
 PNG = b"\x89PNG\r\n\x1a\n"
 MOST_TAGS = 4096  # of a page that are looked at
+WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # of TIF, all that libtiff takes for a size
+EIGHT_BYTES = {16: "Q", 17: "q"}  # of BigTIFF
+SIZE_TAGS = (256, 257, 258, 277, 322, 323)  # width, height, bits, channels, width and height of a tile
 RGB_CHANNELS = {"t1": 0, "flair": 1, "t1ce": 2}  # kaggle_3m: before contrast, FLAIR, after contrast
 
 
@@ -37,7 +40,7 @@ def read_directories(path: Path) -> Iterator[dict[int, int]]:
     """Yield {tag: value} of each page that a TIF file says it has, empty for one that is cut off.
 
     Only the chain of page directories is followed (TIFF 6.0, section 2; BigTIFF with 8-byte offsets), and of
-    tags those with one whole number are read. Nothing is yielded for a file that is no TIF.
+    tags those with one whole number are read, others are -1. Nothing is yielded for a file that is no TIF.
     """
     with path.open("rb") as file:
         head = file.read(16)
@@ -58,7 +61,8 @@ def read_directories(path: Path) -> Iterator[dict[int, int]]:
             is_whole = len(count) == struct.calcsize(order + count_type)
             entries = struct.unpack(order + count_type, count)[0] if is_whole else 0
             content = file.read(min(entries, MOST_TAGS) * entry_bytes)
-            yield dict(_read_tags(content, order, entry_bytes))
+            tags = list(_read_tags(content, order, entry_bytes))
+            yield dict(reversed(tags))  # of two alike the first counts
             file.seek(link + len(count) + min(entries * entry_bytes, size))
             following = file.read(struct.calcsize(order + link_type))
             if not is_whole or len(following) < struct.calcsize(order + link_type):
@@ -67,14 +71,14 @@ def read_directories(path: Path) -> Iterator[dict[int, int]]:
 
 
 def _read_tags(content: bytes, order: str, entry_bytes: int) -> Iterator[tuple[int, int]]:
+    is_big = entry_bytes == 20
+    kinds = WHOLE_NUMBERS | (EIGHT_BYTES if is_big else {})  # elsewhere they stand for an offset
     for at in range(0, len(content) - entry_bytes + 1, entry_bytes):
         tag, kind = struct.unpack_from(f"{order}HH", content, at)
-        value_type = {3: "H", 4: "I", 16: "Q"}.get(kind)
-        if value_type:
-            yield (
-                tag,
-                struct.unpack_from(order + value_type, content, at + (8 if entry_bytes == 12 else 12))[0],
-            )
+        if kind in kinds:
+            yield tag, struct.unpack_from(order + kinds[kind], content, at + (12 if is_big else 8))[0]
+        else:
+            yield tag, -1
 
 
 def count_pages(path: Path) -> int:
@@ -94,6 +98,8 @@ def read_sizes(path: Path) -> list[PageSize]:
         return [PageSize(width, height, {2: 3, 4: 2, 6: 4}.get(colour, 1), bits)]
     sizes = []
     for tags in read_directories(path):
+        if min(tags.get(tag, 0) for tag in SIZE_TAGS) < 0:
+            raise InputError(path, "declares a size that is none: not a readable picture", "export it again")
         channels = tags.get(277, 1)
         bits = tags.get(258, 1) if channels == 1 else 8  # of several channels the tag is elsewhere
         tile = tags.get(322, 0) * tags.get(323, 0)

@@ -95,12 +95,13 @@ def load_onnx(path: str | Path, device: torch.device) -> tuple[OnnxNetwork, dict
     options.log_severity_level = 3  # errors only
     try:
         session = onnxruntime.InferenceSession(str(path), options, _choose_providers(onnxruntime, device))
+        network, properties = OnnxNetwork(session), session.get_modelmeta().custom_metadata_map
+        _ = network.shapes  # their names, too, may be no UTF-8
     except Exception as error:
         # onnxruntime raises a dozen types of its own for a file that is foreign or cut short
         raise InputError(
             path, f"not a readable ONNX file ({type(error).__name__})", "export it again"
         ) from error
-    properties = session.get_modelmeta().custom_metadata_map
     if not properties.get("format", "").startswith(FORMATS):
         raise InputError(path, "not a network of this project", "write one with export_v2.py")
     if properties["format"] != ONNX_FORMAT or not sealed:
@@ -113,7 +114,7 @@ def load_onnx(path: str | Path, device: torch.device) -> tuple[OnnxNetwork, dict
         }
     except ValueError as error:
         raise InputError(path, f"its metadata cannot be read ({error})", "export it again") from error
-    return OnnxNetwork(session), facts
+    return network, facts
 
 
 def _choose_providers(onnxruntime: Any, device: torch.device) -> list[str | tuple[str, dict[str, int]]]:

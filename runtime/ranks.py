@@ -44,14 +44,15 @@ def join_ranks() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-        store=_store,
-        rank=number,
-        world_size=count,
-        timeout=PATIENCE,
-    )
+    with signals.end_at_once():  # else one waits for hours for another that was stopped on its way here
+        _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
+            store=_store,
+            rank=number,
+            world_size=count,
+            timeout=PATIENCE,
+        )
     if not is_main():
         warnings.simplefilter("ignore")  # the main rank shows the same ones
 

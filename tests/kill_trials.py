@@ -194,7 +194,6 @@ def kill_and_resume(kind: str, folder: Path, moment: Moment, number: int) -> dic
         came_from = f"epoch {checkpoint['epoch']}" + (f", {steps} slabs into the next" if steps else "")
         flags = ["--resume", "results/run"]
     end = wait_for(start(folder, flags, count, method))
-    left = [path.name for path in (folder / "results" / "run").glob(".*")]
     result = {
         "kind": kind,
         "in_training": in_training,
@@ -205,7 +204,11 @@ def kill_and_resume(kind: str, folder: Path, moment: Moment, number: int) -> dic
     if any(end):
         return result | {"survived": False, "differs": [f"the second run ended with {end}"]}
     found = differences(folder / "results" / "run", folder.parent / kind / "results" / "run")
-    found += [f"left behind: {name}" for name in left]
+    there, whole = (set(path.rglob("*")) for path in (folder / "results", folder.parent / kind / "results"))
+    names = {path.relative_to(folder / "results") for path in there}
+    expected = {path.relative_to(folder.parent / kind / "results") for path in whole}
+    found += [f"left behind: {name}" for name in names - expected]
+    found += [f"not written: {name}" for name in expected - names]
     return result | {"survived": not found, "differs": found}
 
 

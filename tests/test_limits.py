@@ -19,6 +19,7 @@ from cohort.check import check_cohort
 from cohort.layouts import CaseSource, find_cases
 from cohort.nifti import decode_nifti, read_nifti_header, read_nifti_volume
 from cohort.pictures import count_pages, is_colour, read_pages, read_sizes, read_slices
+from runtime.errors import InputError
 
 FLAIR = np.arange(1, 61, dtype=np.int16).reshape(3, 4, 5)
 SEG = np.array([0, 1, 2, 4], np.uint8)[FLAIR % 4]
@@ -198,6 +199,31 @@ def test_a_picture_that_its_file_cannot_hold_is_refused(tmp_path, write, input_e
     monkeypatch.setattr(cv2, "imread", lambda *_: pytest.fail("decoded"))
     with input_error(path, "121,000,000 bytes", "cannot hold"):
         read_pages(path)
+
+
+def write_width(path: Path, kind: int, value: bytes, twice: bool = False) -> Path:
+    """Write a TIF of height 5 whose width is of a type of TIFF 6.0, `value` in its four bytes."""
+    entries = [struct.pack("<HHI4s", 256, kind, 1, value)]
+    entries += [struct.pack("<HHII", 256, 4, 1, 6)] if twice else []
+    tags = [(257, 5), (258, 8), (259, 1), (262, 1), (273, 300), (277, 1), (278, 5), (279, 200)]
+    entries += [struct.pack("<HHII", tag, 4, 1, number) for tag, number in tags]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    head = b"II*\0" + struct.pack("<I", 8) + directory
+    path.write_bytes(head.ljust(200, b"\0") + struct.pack("<Q", 40).ljust(100, b"\0") + bytes(200))
+    return path
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("kind", range(1, 19))
+def test_the_size_of_a_tif_is_the_one_that_is_decoded_whatever_its_type(tmp_path, kind, twice):
+    value = struct.pack("<I", 200) if kind in (13, 16, 17, 18) else bytes([40, 0, 0, 0])  # at 200 a 40
+    path = write_width(tmp_path / "a_1.tif", kind, value, twice)
+    decoded = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if kind in (1, 3, 4, 6, 8, 9):
+        assert [(page.width, page.height) for page in read_sizes(path)] == [decoded.shape[::-1]] == [(40, 5)]
+    else:
+        with pytest.raises(InputError, match="size that is none"):
+            read_sizes(path)
 
 
 def test_a_tile_larger_than_its_picture_counts(tmp_path, input_error):

@@ -230,13 +230,31 @@ def test_what_reads_other_files_or_declares_too_much_never_reaches_onnxruntime(
         onnx_file.load_onnx(path, CPU)
 
 
+def sealed(tiny_onnx, path: Path, config: dict, replaced: bytes = b"") -> Path:
+    """Write the model as export_v2.py does, with these settings; the first byte of a text made no UTF-8."""
+    onnx, model = tiny_onnx
+    properties = {"format": onnx_file.ONNX_FORMAT, "config": json.dumps(config)}
+    onnx.helper.set_model_props(model, properties | {"file_sha256": onnx_file.NO_HASH})
+    model.ir_version, model.producer_name, model.graph.name = 10, "producer", "a graph"
+    model.opset_import[0].version = 18
+    content = model.SerializeToString()
+    assert replaced in content
+    if replaced:
+        content = content.replace(replaced, b"\x80" + replaced[1:])
+    path.write_bytes(onnx_file.seal(content))
+    return path
+
+
 def test_settings_in_an_onnx_file_are_held_against_their_ranges(tiny_onnx, tmp_path, input_error):
     pytest.importorskip("onnxruntime")
-    onnx, model = tiny_onnx
-    properties = {"format": onnx_file.ONNX_FORMAT, "config": json.dumps(CONFIG | {"context": 10**7})}
-    onnx.helper.set_model_props(model, properties)
-    model.ir_version = 10
-    model.opset_import[0].version = 18
-    path = written(tmp_path / "x.onnx", model)
+    path = sealed(tiny_onnx, tmp_path / "x.onnx", CONFIG | {"context": 10**7})
     with input_error(path, "context 10000000"):
+        load_model(path, CPU)
+
+
+@pytest.mark.parametrize("text", [b"format", b"drunet-v2-onnx", b"slab", b"logits", b"producer", b"a graph"])
+def test_text_in_an_onnx_file_that_is_no_utf8_is_named(tiny_onnx, tmp_path, text, input_error):
+    pytest.importorskip("onnxruntime")
+    path = sealed(tiny_onnx, tmp_path / "x.onnx", CONFIG, text)
+    with input_error(path):
         load_model(path, CPU)

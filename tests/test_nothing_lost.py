@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,9 +18,11 @@ from audit import plots
 from cohort.selection import TrainingSource
 from runtime import epoch_log
 from runtime.checkpoints import load_checkpoint, save_checkpoint
+from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.log import close_log, log_to_file
 from runtime.log import log as says
+from tests.kill_trials import compare
 from train_drunet_v2 import TrainConfig, choose_settings, main
 
 ExpectInputError = Callable[..., AbstractContextManager[None]]
@@ -103,6 +106,25 @@ def test_a_damaged_last_checkpoint_costs_one_epoch(made: Path, caplog: pytest.Lo
     before, after = (pd.read_csv(made / "log.csv"), pd.DataFrame(whole["log"]).apply(pd.to_numeric))
     assert before[columns].equals(after[columns])
     assert text.splitlines()[:2] == (made / "log.csv").read_text().splitlines()[:2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_of_1350_flipped_bits_none_changes_what_is_read(name: str, made: Path) -> None:
+    whole, expected = (made / name).read_bytes(), load_checkpoint(made / name)
+    assert compare(load_checkpoint(made / name), expected) == []
+    refused, changed = 0, []
+    for bit in np.random.default_rng(0).choice(8 * len(whole), 1350, replace=False).tolist():
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (made / name).write_bytes(flipped)
+        try:
+            changed += [(bit, places) for places in compare(load_checkpoint(made / name), expected)]
+        except InputError:
+            refused += 1
+    print(f"{name}: {refused} refused")  # the other bits lie in padding and the like
+    assert not changed
+    assert refused > 600
 
 
 def test_a_run_killed_before_post_processing_does_not_train_on(made: Path) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,3 +171,28 @@ def test_a_defect_of_one_rank_ends_all_with_its_traceback(start):
     assert not lines
     assert stderr.count("ZeroDivisionError: a defect") == 1
     assert "gloo" not in stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals cannot be sent to a child there")
+def test_a_rank_that_waits_for_one_that_never_comes_ends_at_the_first_signal(tmp_path):
+    (tmp_path / "ranks.py").write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "ranks.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+    )
+    deadline = time.monotonic() + HANG_S
+    is_waiting = False
+    while not is_waiting and time.monotonic() < deadline:
+        with socket.socket() as other:
+            is_waiting = other.connect_ex(("127.0.0.1", port)) == 0
+        time.sleep(0.1)
+    process.terminate()
+    try:
+        assert process.wait(timeout=30) == -signal.SIGTERM
+    finally:
+        process.kill()
