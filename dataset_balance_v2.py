@@ -8,6 +8,7 @@ every file of it, or removes the cache:
     python dataset_balance_v2.py --clear-cache
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -320,6 +321,21 @@ def make_train_loader(
         worker_init_fn=start_worker,
         multiprocessing_context=start_method if workers else None,
     )
+
+
+@contextlib.contextmanager
+def workers_of(loader: DataLoader) -> Iterator[None]:
+    """End the loader's processes with this block.
+
+    Left to garbage collection they outlive it where an exception that somebody keeps holds the loader's
+    frames. At exit Python sends them one SIGTERM, which `start_worker` lets them survive, and waits for ever.
+    """
+    try:
+        yield
+    finally:
+        if loader._iterator is not None:  # torch has no public way to end persistent workers
+            loader._iterator._shutdown_workers()
+            loader._iterator = None
 
 
 def name_cases(loader: DataLoader, first: int, last: int) -> list[str]:

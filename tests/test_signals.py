@@ -1,7 +1,9 @@
 """SIGTERM and Ctrl-C: what is at hand is finished, saved and said; a second one ends at once."""
 
 import ast
+import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -287,6 +289,24 @@ def test_deterministic_gives_the_same_bits_for_any_number_of_workers(
     train.main(dataclasses.replace(settings_of(phantom_cohort, "workers"), workers=2))
     assert torch.are_deterministic_algorithms_enabled()
     assert_same_runs(Path("results/workers"), whole)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_no_loader_worker_outlives_training(
+    in_process: None,  # noqa: ARG001
+    phantom_cohort: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_stopped: bool,
+) -> None:
+    held = []  # as an exception that a library keeps holds the loader's frames
+    original = train.make_loader
+    monkeypatch.setattr(train, "make_loader", lambda *inputs: held.append(original(*inputs)) or held[-1])
+    if is_stopped:
+        stop_after(monkeypatch, "count_step", 3)
+    ends = pytest.raises(signals.Stopped) if is_stopped else contextlib.nullcontext()
+    with ends:
+        train.main(dataclasses.replace(settings_of(phantom_cohort, "left"), workers=1, epochs=1))
+    assert not multiprocessing.active_children()
 
 
 # ------------------------------------------------------------------------------------------------------------
