@@ -8,12 +8,13 @@ every file of it, or removes the cache:
     python dataset_balance_v2.py --clear-cache
 """
 
-import contextlib
+import atexit
 import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -310,7 +311,7 @@ def make_train_loader(
     start_method: Literal["fork", "spawn"] | None = None,
 ) -> DataLoader:
     """Return the training loader; `start_method` None is the platform's. A last short batch is dropped."""
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -321,21 +322,21 @@ def make_train_loader(
         worker_init_fn=start_worker,
         multiprocessing_context=start_method if workers else None,
     )
+    if workers:
+        atexit.register(end_workers, weakref.ref(loader))
+    return loader
 
 
-@contextlib.contextmanager
-def workers_of(loader: DataLoader) -> Iterator[None]:
-    """End the loader's processes with this block.
+def end_workers(reference: Callable[[], DataLoader | None]) -> None:
+    """End the processes of a loader, if it is still there.
 
-    Left to garbage collection they outlive it where an exception that somebody keeps holds the loader's
-    frames. At exit Python sends them one SIGTERM, which `start_worker` lets them survive, and waits for ever.
+    At exit Python sends them one SIGTERM, which `start_worker` lets them survive, and waits for ever. So this
+    must come before.
     """
-    try:
-        yield
-    finally:
-        if loader._iterator is not None:  # torch has no public way to end persistent workers
-            loader._iterator._shutdown_workers()
-            loader._iterator = None
+    loader = reference()
+    if loader is not None and loader._iterator is not None:  # torch has no public way to end them
+        loader._iterator._shutdown_workers()
+        loader._iterator = None
 
 
 def name_cases(loader: DataLoader, first: int, last: int) -> list[str]:

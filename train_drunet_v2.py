@@ -55,6 +55,7 @@ from runtime.log import log, progress, start_log
 from runtime.place import Place
 from runtime.state import Clock, TrainState
 from runtime.steps import StepGuard
+from runtime.tables import write_table
 from training.epoch_end import finish_epoch, has_stalled, stop_run
 from training.resume import settings_of_resumed, share_batch
 from training.run import Run, how_to_resume, remedy_of
@@ -435,7 +436,7 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
     shares = (config.tumour_share, config.empty_share)
     weights = dataset.balance_cohorts(table, cases, config.source.weight_of_cohort, *shares)
     if ranks.is_main():
-        files.write_atomically(run.folder / "balance.csv", dataset.balance_shares(table, weights).to_csv)
+        write_table(run.folder / "balance.csv", dataset.balance_shares(table, weights).reset_index())
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
     slabs = dataset.SlabDataset(
         cases, table, config.context, config.size, modality_dropout=config.modality_dropout
@@ -535,7 +536,7 @@ def train_run(config: TrainConfig) -> None:
         draw_first_batch(run, loader)
 
     place = places.restore_place((checkpoint or {}).get("place"), state, config.batch_size)
-    with dataset.workers_of(loader), signals.finish_first():
+    with signals.finish_first():
         train_epochs(run, state, loader, cases["validation"], clock, place)
     log.info(
         f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over "

@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from audit.model_card import make_card
 from audit.page import write_page
 from audit.runs import RunFacts, find_runs, list_folds, read_run
 from audit.statistics import LEAST_PATIENTS, format_spread
 from runtime.files import file_sha256, is_written_by_us, write_output
 from runtime.log import log
+from runtime.tables import read_table
 
 INDEX = "index.html"
 CARD = "MODEL_CARD.md"
@@ -129,7 +128,7 @@ def read_balance(path: Path) -> list[dict[str, Any]]:
     """Return kind, slices and shares (stored, drawn) of the training slices; empty where no file says."""
     if not path.is_file():
         return []
-    table = pd.read_csv(path).astype({"slices": int, "stored": float, "drawn": float})
+    table = read_table(path).astype({"slices": int, "stored": float, "drawn": float})
     return table.to_dict("records")
 
 

@@ -70,11 +70,13 @@ def save_chart(figure: Figure, path: Path, dots: Sequence[Dots] = ()) -> None:
     figure.set_layout_engine("none")  # it is laid out by now, and that takes most of the time
 
     def write(target: Path) -> None:
+        for text in figure.findobj(Text):  # a name that is no UTF-8: pixels take it, a text file does not
+            text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
         with mpl.rc_context(SVG_STYLE):
             figure.savefig(target, metadata={"Date": None})
         text = target.read_text(encoding="utf-8")
         circles = "".join(circle for each in dots for circle in _circles(figure, each))
-        target.write_text(text.replace("</svg>", f"{circles}</svg>"), encoding="utf-8")
+        target.write_text(text.replace("</svg>", f"{circles}</svg>"), "utf-8", "backslashreplace")
 
     write_atomically(path.with_suffix(".svg"), write)
 

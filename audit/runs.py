@@ -19,6 +19,7 @@ from cohort.split import SPLIT_PARTS, read_split
 from runtime.checkpoints import read_facts
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from runtime.tables import read_table
 
 Content = TypeVar("Content")
 TESTED = ("internal", "external", "external_unseen", "predictions")  # the order in which cohorts are shown
@@ -166,7 +167,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_epochs(path: Path) -> pd.DataFrame:
-    epochs = pd.read_csv(path)
+    epochs = read_table(path)
     epochs[["epoch", "minutes", "train_loss"]].astype(float)  # KeyError or ValueError where it is no such log
     return epochs
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from audit.browse import size_of, tested_rows
+from runtime.tables import read_table
 
 PACKED = re.compile(r'<script type="application/json"[^>]*>(.*?)</script>', re.DOTALL)
 Packed = dict[str, Any]  # as browse.pack_case returns it
@@ -31,7 +31,7 @@ def open_report(run: Path) -> Callable[[str], Packed | None]:
     if not report.is_file() or report.stat().st_mtime < metrics.stat().st_mtime:
         return lambda _: None
     embedded = {case["key"]: case for case in read_packed(report)}
-    tested = tested_rows(pd.read_csv(metrics, dtype={"case": str, "patient": str}))
+    tested = tested_rows(read_table(metrics, dtype={"case": str, "patient": str}))
     cases = tested[["cohort", "case"]].drop_duplicates().itertuples(index=False)
     pages = {f"{cohort}/{case}": f"{number:04d}.html" for number, (cohort, case) in enumerate(cases, 1)}
 

@@ -293,7 +293,8 @@ def test_folds_are_complete_runs_and_finished_ones_are_kept(trained):
     folders = [results / f"fold_{fold}" for fold in range(3)]
     for folder in folders:
         names = {"config.json", "split.json", "log.csv", "batch.png", "curves.png", "best.pt", "last.pt"}
-        assert {path.name for path in folder.iterdir()} == names | {"train.log"}
+        names |= {"train.log", "balance.csv", "index.html", "MODEL_CARD.md", ".drunet_written"}
+        assert {path.name for path in folder.iterdir()} == names
         log = (folder / "train.log").read_text()
         assert log.count("kept epoch") == 1  # each fold has a log of its own
         assert f"cv/{folder.name}: synthetic phantoms" in log

@@ -182,7 +182,9 @@ def test_a_folder_that_vanishes_is_written_again(
     assert "best.pt is gone: this epoch is kept in its place" in caplog.text
     assert (made / "split.json").read_bytes() == split
     names = {path.name for path in made.iterdir()}
-    assert names == {"config.json", "split.json", "log.csv", "curves.png", "best.pt", "last.pt", "train.log"}
+    pages = {"index.html", "MODEL_CARD.md", ".drunet_written"}
+    files = {"config.json", "split.json", "log.csv", "curves.png", "best.pt", "last.pt", "train.log"}
+    assert names == files | pages
     assert load_checkpoint(made / "best.pt")["epoch"] == load_checkpoint(made / "last.pt")["epoch"] == 3
     assert pd.read_csv(made / "log.csv")["epoch"].tolist() == [1, 2, 3]
 

@@ -88,7 +88,7 @@ def test_masks_of_odd_cases_are_known_as_ours(tmp_path):
 
 
 def test_audited_rows_of_odd_cases_join_by_their_ids(tmp_path):
-    row = dict.fromkeys((*KEYS, *COMPARED), 0.5) | {
+    row = dict.fromkeys((*KEYS, *COMPARED, "reference_ml"), 0.5) | {
         "cohort": "internal",
         "case": "=x",
         "patient": "-p",
