@@ -9,6 +9,7 @@ every file of it, or removes the cache:
 """
 
 import atexit
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -325,6 +326,15 @@ def make_train_loader(
     if workers:
         atexit.register(end_workers, weakref.ref(loader))
     return loader
+
+
+@contextlib.contextmanager
+def workers_of(loader: DataLoader) -> Iterator[None]:
+    """End the loader's processes with this block, whoever still holds the loader."""
+    try:
+        yield
+    finally:
+        end_workers(weakref.ref(loader))
 
 
 def end_workers(reference: Callable[[], DataLoader | None]) -> None:

@@ -536,7 +536,7 @@ def train_run(config: TrainConfig) -> None:
         draw_first_batch(run, loader)
 
     place = places.restore_place((checkpoint or {}).get("place"), state, config.batch_size)
-    with signals.finish_first():
+    with dataset.workers_of(loader), signals.finish_first():
         train_epochs(run, state, loader, cases["validation"], clock, place)
     log.info(
         f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over "
