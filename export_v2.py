@@ -29,6 +29,7 @@ from torch import nn
 
 from audit.postprocess import threshold_regions
 from cohort.cases import load_case
+from cohort.folds import list_checkpoints
 from cohort.layouts import CaseSource, find_cases
 from cohort.preprocess import Z_RANGE, normalise_volume
 from inference_v2 import TrainedModel, load_model, predict_volume
@@ -46,7 +47,7 @@ class ExportConfig:
     """Settings of the export."""
 
     checkpoint: str | None = None
-    """best.pt of a run; default: the newest run in results/"""
+    """best.pt of a run, or its folder; default: the newest run in results/"""
     format: Literal["onnx", "torch-export"] = "onnx"
     """format of the file"""
     output: str | None = None
@@ -170,9 +171,19 @@ def check_export(model: TrainedModel, path: Path, config: ExportConfig, in_chann
         raise RuntimeError(f"{path}: differs from the network by {difference:.1e}, more than {TOLERANCE:.0e}")
 
 
+def choose_checkpoint(named: str | None) -> Path:
+    """Return the checkpoint to export; InputError where the run has several, one per fold."""
+    checkpoints = list_checkpoints(named or newest_run(Path("results")))
+    if len(checkpoints) > 1:
+        run = checkpoints[0].parent.parent
+        remedy = f"name one of them, such as --checkpoint {checkpoints[0]}"
+        raise InputError(run, f"is a run of {len(checkpoints)} folds, and a file holds one network", remedy)
+    return checkpoints[0]
+
+
 def main(config: ExportConfig) -> None:
     """Write the export and check it."""
-    checkpoint = Path(config.checkpoint) if config.checkpoint else newest_run(Path("results")) / "best.pt"
+    checkpoint = choose_checkpoint(config.checkpoint)
     suffix = ".onnx" if config.format == "onnx" else ".pt2"
     path = Path(config.output) if config.output else checkpoint.with_name(f"model{suffix}")
     if path.suffix != suffix:

@@ -108,6 +108,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, `weights_only=True`; InputError where it is not ours or damaged."""
+    if path.is_dir():
+        raise InputError(path, "is a folder", "name a best.pt in it, as train_drunet_v2.py writes one")
     if not path.is_file():
         raise InputError(path, "no such checkpoint", "train one with train_drunet_v2.py or give its path")
     try:

@@ -136,8 +136,8 @@ def test_weights_digest_is_blind_to_order_and_memory_layout() -> None:
 
 
 def test_missing_checkpoint_is_an_input_error(tmp_path: Path, input_error: ExpectInputError) -> None:
-    for path in (tmp_path / "best.pt", tmp_path):
-        with input_error(path, "train_drunet_v2.py"):
+    for path, problem in ((tmp_path / "best.pt", "no such checkpoint"), (tmp_path, "is a folder")):
+        with input_error(path, problem, "train_drunet_v2.py"):
             load_checkpoint(path)
 
 

@@ -240,6 +240,19 @@ def test_format_and_file_must_fit(checkpoint, tmp_path, input_error):
         export_v2.main(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "model.pt")))
 
 
+def test_of_a_run_of_folds_one_network_must_be_named(checkpoint, tmp_path, input_error, monkeypatch):
+    best = load_checkpoint(checkpoint) | {"postprocessing": {}}
+    for fold in (0, 1):
+        (tmp_path / f"results/cv/fold_{fold}").mkdir(parents=True)
+        save_checkpoint(tmp_path / f"results/cv/fold_{fold}/best.pt", best)
+    (tmp_path / "results/cv/config.json").write_text(json.dumps({"folds": 2, "fold": None}))
+    monkeypatch.chdir(tmp_path)
+    for named in (None, "results/cv"):
+        with input_error("results/cv: is a run of 2 folds", "--checkpoint results/cv/fold_0/best.pt"):
+            export_v2.choose_checkpoint(named)
+    assert export_v2.choose_checkpoint("results/cv/fold_1") == Path("results/cv/fold_1/best.pt")
+
+
 def test_an_onnx_file_without_input_says_what_to_do(onnx_file, input_error):
     with input_error(onnx_file, "--input"):
         segment(InferenceConfig(checkpoint=str(onnx_file), device="cpu"))
