@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import nibabel as nib
@@ -92,7 +93,8 @@ def rebuild_json(whole: bytes, rng: random.Random) -> bytes:
 
 def in_folder(write: Callable[[Path], Any]) -> Any:
     """Return what `write` makes in a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
+    # torch writes the name of a temporary file, with the number of the process, into a checkpoint
+    with tempfile.TemporaryDirectory() as folder, mock.patch("os.getpid", return_value=1):
         return write(Path(folder))
 
 
