@@ -1,4 +1,4 @@
-"""Training slabs that lose scalp and skull: tried in `compare_networks`, and not kept in training."""
+"""Training slabs that lose scalp and skull: a row of `compare_networks`, not in training."""
 
 from typing import Any
 
