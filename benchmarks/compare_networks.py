@@ -427,7 +427,8 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
             axis.scatter(table["GFLOP"][kind], dice[kind], s=26, color=colour)
         for name, x, y in zip(table["network"], table["GFLOP"], dice, strict=True):
             axis.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6.5)
-        axis.set_xscale("log")
+        span = table["GFLOP"].max() - table["GFLOP"].min() or 1
+        axis.set_xlim(table["GFLOP"].min() - 0.1 * span, table["GFLOP"].max() + 0.4 * span)  # room for names
         axis.set_xlabel("GFLOP per slab")
         axis.set_ylabel(f"{region} Dice per case with TTA, mean over {table[f'n {place}'].iloc[0]} cases")
         axis.set_title(place)
