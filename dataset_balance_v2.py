@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -236,8 +236,7 @@ def warn_of_crop(cases: Sequence[PreparedCase], size: int, multiple: int = 16) -
     """Log a warning where the network's input of size x size cuts tumour off some cases.
 
     Such tumour lies outside of the head, and is neither learnt nor found. Slices that are resized are not
-    cropped. The size advised is a
-    multiple of `multiple` and cuts none off.
+    cropped. The size advised is a multiple of `multiple` and cuts none off.
     """
 
     def cut_at(side: int) -> list[PreparedCase]:
@@ -277,8 +276,8 @@ class BalancedSampler(Sampler):
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
-        self.epoch = 0  # set before each pass, as is
-        self.drawn = 0  # how many of this rank's draws were taken before
+        self.epoch = 0  # both are set before each pass
+        self.drawn = 0  # how many of this rank's draws of the epoch were taken before
 
     def __len__(self) -> int:
         return self.draws // self.ranks
@@ -324,7 +323,8 @@ def make_train_loader(
         multiprocessing_context=start_method if workers else None,
     )
     if workers:
-        atexit.register(end_workers, weakref.ref(loader))
+        still_there = weakref.ref(loader)
+        atexit.register(lambda: end_workers(still_there()))
     return loader
 
 
@@ -334,16 +334,15 @@ def workers_of(loader: DataLoader) -> Iterator[None]:
     try:
         yield
     finally:
-        end_workers(weakref.ref(loader))
+        end_workers(loader)
 
 
-def end_workers(reference: Callable[[], DataLoader | None]) -> None:
-    """End the processes of a loader, if it is still there.
+def end_workers(loader: DataLoader | None) -> None:
+    """End the processes of a loader, if there is one.
 
     At exit Python sends them one SIGTERM, which `start_worker` lets them survive, and waits for ever. So this
     must come before.
     """
-    loader = reference()
     if loader is not None and loader._iterator is not None:  # torch has no public way to end them
         loader._iterator._shutdown_workers()
         loader._iterator = None

@@ -87,8 +87,8 @@ class SqueezeExcitation(nn.Module):
     """Judge each channel by the means of all: x (N, C, H, W) -> weights in 0..1 (N, C, 1, 1).
 
     The means are over the whole slab, as published, or over the head alone where its share of each pixel is
-    given, `head` (N, 1, H, W). A mean over the slab also measures how much air and scalp there is. A network
-    that was trained on whole heads then misjudges every channel of a skull-stripped brain.
+    given, `head` (N, 1, H, W). A mean over the slab also measures how much air and scalp there is, by which a
+    network that was trained on whole heads may misjudge a skull-stripped brain; benchmarks/README.md.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:

@@ -46,7 +46,7 @@ from dataset_balance_v2 import (
     slice_table,
     training_spacing,
 )
-from inference_v2 import TrainedModel, predict_views, predict_volume
+from inference_v2 import TrainedModel, predict_views
 from model_drunet_v2 import DRUNetV2, count_flops, count_parameters, measure_activation_bytes, prepare_network
 from runtime.command import run_command
 from runtime.errors import InputError
@@ -54,6 +54,7 @@ from runtime.files import write_atomically, write_json
 from runtime.log import log
 from runtime.machine import amp_dtype, choose_device, describe_machine, describe_versions, set_seed
 from runtime.state import average_weights
+from train_drunet_v2 import validate
 from utils_v2 import THRESHOLDS, Overlap, overlap_at_thresholds
 
 WARMUP_SHARE = 0.03  # of the budget, over which the learning rate rises
@@ -202,7 +203,7 @@ def train_row(
     entry: Entry,
     network: nn.Module,
     batches: DataLoader,
-    validate: Callable[[nn.Module], np.ndarray],
+    sweep_validation: Callable[[nn.Module], np.ndarray],
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train until the budget is used; return the best network by validation Dice at 0.5, and its facts."""
     device = choose_device(config.device)
@@ -230,7 +231,7 @@ def train_row(
         budget.seconds += budget.clock() - started
         if budget.share() >= (len(history) + 1) / config.validations:
             evaluated = average.module if average else network
-            sweep = validate(evaluated)  # (R, T), mean over cases
+            sweep = sweep_validation(evaluated)  # (R, T), mean over cases
             score = float(sweep[:, np.argmin(abs(THRESHOLDS - 0.5))].mean())
             history.append({"seconds": budget.seconds, "slabs": budget.slabs, "validation_dice": score})
             log.info("  %3.0f s  %6d slabs  validation %.4f", budget.seconds, budget.slabs, score)
@@ -271,17 +272,6 @@ def as_model(
     )
 
 
-def sweep_validation(model: TrainedModel, cases: Sequence[PreparedCase]) -> np.ndarray:
-    """Return Dice (R, len(THRESHOLDS)), mean over cases, no TTA."""
-    dice = np.zeros((len(cases), len(model.regions), len(THRESHOLDS)))
-    for index, case in enumerate(cases):
-        output = predict_volume(model, case.volume, case.brain_voxels, tta=False, frame=case.frame)
-        for region, (probability, reference) in enumerate(zip(output, case.reference, strict=True)):
-            counts = overlap_at_thresholds(probability, reference, THRESHOLDS)
-            dice[index, region] = [Overlap(*row).dice for row in counts.tolist()]
-    return dice.mean(0)
-
-
 def test_cases(model: TrainedModel, cases: Sequence[PreparedCase]) -> list[dict[str, Any]]:
     """Return a row per case, region and mode with its Dice at the model's thresholds."""
     rows = []
@@ -320,10 +310,11 @@ def run_row(config: RingConfig, name: str, fold: int, seed: int, cohorts: Cohort
     spacing = training_spacing(cohorts.train, entry.size)
     batches = make_batches(config, entry, cohorts.train, seed)
 
-    def validate(evaluated: nn.Module) -> np.ndarray:
-        return sweep_validation(as_model(config, entry, evaluated, spacing), cohorts.validation)
+    def sweep(evaluated: nn.Module) -> np.ndarray:
+        model = as_model(config, entry, evaluated, spacing)
+        return validate(model, cohorts.validation, config.batch_size).mean(0)
 
-    kept, facts = train_row(config, entry, network, batches, validate)
+    kept, facts = train_row(config, entry, network, batches, sweep)
     model = as_model(config, entry, kept, spacing, facts["thresholds"])
     row = {"entry": name, "fold": fold, "seed": seed, **cost, **facts}
     row |= {"home": test_cases(model, cohorts.home), "abroad": test_cases(model, cohorts.abroad)}

@@ -4,11 +4,12 @@ nibabel's (X, Y, Z) exists only here and where `cases` writes. Elsewhere a volum
 D runs to superior, H to posterior, W to the patient's left, as BraTS files have it.
 """
 
+import contextlib
 import gzip
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -48,12 +49,25 @@ def open_nifti(path: Path) -> BinaryIO:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
+@contextlib.contextmanager
+def name_unreadable(path: Path) -> Iterator[None]:
+    """Raise InputError, which names the file, where it is missing or no NIfTI."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(path, "no such file") from None
+    except NIFTI_ERRORS as error:
+        raise InputError(
+            path, f"not a readable NIfTI file ({one_line(error)})", "download it again"
+        ) from error
+
+
 def measure_declared(path: Path) -> int:
     """Return how many bytes, unpacked, a NIfTI file has by its header, of which alone is read.
 
     Raises InputError where that is more than is read, or another size than the file can have.
     """
-    try:
+    with name_unreadable(path):
         with open_nifti(path) as file:
             start = file.read(540)
         kind = nib.Nifti2Header if 540 in (_first_int(start, "little"), _first_int(start, "big")) else None
@@ -65,12 +79,6 @@ def measure_declared(path: Path) -> int:
         first = int(header.get_data_offset())
         voxel_bytes = header.get_data_dtype().itemsize
         size = path.stat().st_size
-    except FileNotFoundError:
-        raise InputError(path, "no such file") from None
-    except NIFTI_ERRORS as error:
-        raise InputError(
-            path, f"not a readable NIfTI file ({one_line(error)})", "download it again"
-        ) from error
     check_voxels(path, math.prod(shape), f"a shape of {' x '.join(map(str, shape))}")
     if any(length < 1 for length in shape) or not 0 <= first <= MOST_EXTENSION_BYTES:
         raise InputError(
@@ -91,14 +99,8 @@ def _first_int(start: bytes, order: Literal["little", "big"]) -> int:
 def read_nifti_header(path: Path) -> nib.Nifti1Image:
     """Open a NIfTI file for its header and affine; raises InputError where it is missing or no NIfTI."""
     measure_declared(path)
-    try:
+    with name_unreadable(path):
         return nib.load(path)
-    except FileNotFoundError:
-        raise InputError(path, "no such file") from None
-    except NIFTI_ERRORS as error:
-        raise InputError(
-            path, f"not a readable NIfTI file ({one_line(error)})", "download it again"
-        ) from error
 
 
 def decode_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
