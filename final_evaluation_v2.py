@@ -395,15 +395,15 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
     counts = {mode: np.zeros((len(model.regions), len(THRESHOLDS), 3), np.int64) for mode in MODES}
     bins = {mode: np.zeros((len(model.regions), len(CALIBRATION_EDGES) - 1, 3)) for mode in MODES}
     masks: dict[str, np.ndarray] = {}
+    reference = case.reference
+    spread = np.zeros(reference.shape, np.float32) if model.is_ensemble else None
     started = time.perf_counter()
     volume = case.volume
-    is_ensemble = "members" in model.checkpoint
-    spread = np.zeros(case.reference.shape, np.float32) if is_ensemble else None
     views = predict_views(model, volume, case.brain_voxels, tuple(VIEWS), batch_size, case.frame, spread)
     seconds = time.perf_counter() - started
-    reference = case.reference
+    mean = views.mean(0)  # (R, D, H, W)
     brain = case.brain if cohort == "validation" else None
-    for mode, probabilities in (("plain", views[0]), ("tta", views.mean(0))):
+    for mode, probabilities in (("plain", views[0]), ("tta", mean)):
         for index in range(len(model.regions)):
             counts[mode][index] = overlap_at_thresholds(probabilities[index], reference[index], THRESHOLDS)
             if brain is not None:
@@ -424,7 +424,7 @@ def evaluate_case(model: TrainedModel, cohort: str, case: PreparedCase, batch_si
             row |= measure_case(reference[index], predictions[index], case.spacing_mm)
             row |= {"uncertainty": uncertainties[index] if mode == "tta" else float("nan")}
             rows.append(row | {"seconds_three_views": round(seconds, 3)})
-    kept = None if cohort == "validation" else keep_prediction(masks["tta"], views.mean(0))
+    kept = None if cohort == "validation" else keep_prediction(masks["tta"], mean)
     return CaseAudit(rows, counts, bins, kept)
 
 

@@ -46,7 +46,7 @@ from cohort.cases import Case
 from cohort.ensemble import Members, check_members, join_checkpoints
 from cohort.folds import list_checkpoints
 from cohort.layouts import Channel, LayoutName, log_cases
-from cohort.network import check_network_settings, check_widths
+from cohort.network import check_widths
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
     Frame,
@@ -229,7 +229,6 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
         dtype = amp_dtype(device, amp)
         network = prepare_network(network, device, dtype)
     config = checkpoint["config"]
-    check_network_settings(path, config)
     if "thresholds" not in checkpoint:  # last.pt: they are chosen for best.pt alone
         log.info("%s has no thresholds and no post-processing, as best.pt has: 0.5, and none", path)
     thresholds = checkpoint.get("thresholds", (0.5,) * len(config["regions"]))
@@ -249,9 +248,8 @@ def load_model(path: str | Path, device: torch.device, amp: bool = True) -> Trai
 def load_checkpoint_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a checkpoint as it was trained, float32 on the CPU, and the checkpoint."""
     checkpoint = load_checkpoint(Path(path))
-    check_network_settings(path, checkpoint.get("config"))
-    check_widths(path, checkpoint)
     check_facts(path, checkpoint)
+    check_widths(path, checkpoint)
     network = build_network(checkpoint["config"])
     load_weights(network, checkpoint, path)
     return network.eval(), checkpoint

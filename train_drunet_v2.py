@@ -92,7 +92,7 @@ class TrainConfig:
     init: str | None = None
     """checkpoint whose weights the run starts from; its network and regions are the defaults"""
     preset: Literal["published", "strong"] = "published"
-    """defaults of the settings: the published method, or what measured best on other scanners"""
+    """defaults of the settings: the published method, or without squeeze-and-excitation, with a cosine"""
     seed: Seed = 0
     """seed of weights, split, draws and augmentation"""
 
