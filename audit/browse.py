@@ -170,11 +170,11 @@ def pack_case(
         "start": _start_slice(bits),
         "layers": list(layers),
         "images": [
-            {"name": name, "window": window, "voxels": _pack(voxels[box])}
+            {"name": name, "window": window, "voxels": pack_volume(voxels[box])}
             for name, (voxels, window) in images.items()
         ],
-        "masks": _pack(np.stack(bits)),
-        "probability": "" if probability is None else _pack(probability[(slice(None), *box)]),
+        "masks": pack_volume(np.stack(bits)),
+        "probability": "" if probability is None else pack_volume(probability[(slice(None), *box)]),
         "steps": PROBABILITY_STEPS,
         "more": first_only and len(volumes.images) > 1,
     }
@@ -219,7 +219,8 @@ def _start_slice(bits: Sequence[np.ndarray]) -> int:
     return len(reference) // 2
 
 
-def _pack(volume: np.ndarray) -> str:
+def pack_volume(volume: np.ndarray) -> str:
+    """Return the bytes of an array as a page holds them: gzip, then base64."""
     return base64.b64encode(gzip.compress(np.ascontiguousarray(volume).tobytes(), 6, mtime=0)).decode()
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 
 from audit.statistics import LEAST_PATIENTS, format_spread
+from cohort.folds import is_run_of_folds, list_folders
 from cohort.split import SPLIT_PARTS, read_split
 from runtime.checkpoints import read_facts
 from runtime.errors import InputError
@@ -195,11 +196,9 @@ def find_headlines(summary: Mapping[str, Any]) -> list[Headline]:
 def list_folds(run: Path) -> list[Path]:
     """Return the folder of each fold of a run of folds, whether it is there or not; empty for other runs."""
     try:
-        config = _read_object(run / "config.json")
-        count = int(config.get("folds") or 0) if config.get("fold") is None else 0
-    except (OSError, ValueError, TypeError):
+        return list_folders(run) if is_run_of_folds(run) else []
+    except TypeError:  # a count that is no number
         return []
-    return [run / f"fold_{fold}" for fold in range(count)]
 
 
 def is_of_other_weights(folder: Path, summary: Mapping[str, Any]) -> bool:

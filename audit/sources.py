@@ -4,12 +4,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from audit.measure import summarise_all
 from cohort.cache import PreparedCase
-from cohort.preprocess import MISSING
 from cohort.several import list_cohorts
 
 
@@ -51,8 +49,3 @@ def count_missing(cohorts: Mapping[str, Sequence[PreparedCase]]) -> dict[str, An
     }
     counts = {name: count for name, count in counts.items() if count}
     return {"missing_modalities": counts} if counts else {}
-
-
-def first_present(case: PreparedCase, volume: np.ndarray) -> np.ndarray:
-    """Return the first modality (D, H, W) that a case has, of its volume (C, D, H, W)."""
-    return next((own for own in volume if not case.missing or (own != MISSING).any()), volume[0])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from audit.browse import size_of, tested_rows
+from audit.browse import pack_volume, size_of, tested_rows
 from runtime.tables import read_table
 
 PACKED = re.compile(r'<script type="application/json"[^>]*>(.*?)</script>', re.DOTALL)
@@ -111,7 +111,7 @@ def join_pair(first: Packed, second: Packed) -> Packed | None:
         "start": int(differs.argmax()) if differs.any() else int(reference.any((1, 2)).argmax()),
         "layers": ["reference", "A", "B"],
         "images": _join_images(first, second, places, shape),
-        "masks": _pack(np.stack([reference, prediction_a, prediction_b])),
+        "masks": pack_volume(np.stack([reference, prediction_a, prediction_b])),
         "probability": "",
         "steps": first["steps"],
         "more": False,
@@ -137,13 +137,9 @@ def _join_images(
         if image["name"] in others:
             voxels[places[1]] = _unpack(others[image["name"]]["voxels"], second["shape"])
         voxels[places[0]] = _unpack(image["voxels"], first["shape"])
-        images.append({"name": image["name"], "window": image["window"], "voxels": _pack(voxels)})
+        images.append({"name": image["name"], "window": image["window"], "voxels": pack_volume(voxels)})
     return images
 
 
 def _unpack(text: str, shape: Sequence[int]) -> np.ndarray:
     return np.frombuffer(gzip.decompress(base64.b64decode(text)), np.uint8).reshape(shape)
-
-
-def _pack(volume: np.ndarray) -> str:
-    return base64.b64encode(gzip.compress(np.ascontiguousarray(volume).tobytes(), 6, mtime=0)).decode()
