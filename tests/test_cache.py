@@ -211,7 +211,7 @@ def test_inverted_grey_values_in_which_no_brain_is_found_are_refused_each_time(
 
 def test_the_audit_calibrates_over_the_brain_of_the_validation_cases(phantom_cohort, cache, monkeypatch):
     prepared = prepare_cases(find_cases(CaseSource(phantom_cohort))[:3], ("flair",), ("WT",), cache)
-    model = SimpleNamespace(regions=("WT",), thresholds=(0.5,), checkpoint={})
+    model = SimpleNamespace(regions=("WT",), thresholds=(0.5,), checkpoint={}, is_ensemble=False)
 
     def predict_half(_model: object, volume: np.ndarray, *_: object) -> np.ndarray:
         return np.full((3, 1, *volume.shape[1:]), 0.5, np.float32)
