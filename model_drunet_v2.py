@@ -42,6 +42,7 @@ MOST_PARAMETERS = 10**9  # of 3 x 3 convolutions, about; those of WIDTHS have 2 
 Shape = tuple[int, int, int, int]  # N, C*K, H, W
 SWITCHES = ("use_se", "use_attention", "dilated", "residual")  # parts that an ablation switches off
 SqueezeForm = Literal["slab", "head"]  # over what squeeze-and-excitation averages
+BRIGHT_FROM, BRIGHT_SLOPE = 1.0, 0.35  # z-score above which a slab is compressed, and by what factor
 HEAD_STEP = 0.1  # of the way from a slab's darkest to its brightest: what is nearer to the darkest is air
 
 # the formatter would move the shapes out of their column
@@ -102,6 +103,16 @@ class SqueezeExcitation(nn.Module):
         mean = _ChannelMean.apply(x) if head is None else head_mean(x, head)  # (N, C, 1, 1)
         hidden = F.relu(self.squeeze(mean))                                   # (N, C/16, 1, 1)
         return torch.sigmoid(self.excite(hidden))                             # (N, C, 1, 1)
+
+
+def compress_bright(slab: Tensor) -> Tensor:
+    """Return a slab of z-scores whose brightest tissue stands out less, in the same order.
+
+    Where training shows whole heads, fat and scalp are the brightest (z 3 to 8) and a tumour is less bright
+    (LGG: 0.6 to 2.4), so a network learns that what is brighter is no tumour. On another scanner, or in a
+    skull-stripped brain, a tumour can be as bright as scalp and is left out; benchmarks/README.md.
+    """
+    return slab - (1 - BRIGHT_SLOPE) * F.relu(slab - BRIGHT_FROM)             # (N, C*K, H, W)
 
 
 def find_head(slab: Tensor) -> Tensor:
@@ -173,16 +184,16 @@ class DRUNetV2(nn.Module):
 
     `widths` are the filters of each level, the last one the bottleneck. H and W must be multiples of 2 **
     (levels - 1), 16 by default; ValueError otherwise. `use_se`, `use_attention`, `dilated` and `residual`
-    each switch one part off, for ablations; `se_form` says over what SE averages. With the attribute
-    `checkpointing` on, a training step keeps only the levels' outputs and computes what is between them again
-    in the backward pass (Chen et al. 2016, arXiv 1604.06174): the same function and gradients in less memory
-    and more time.
+    each switch one part off, for ablations; `se_form` says over what SE averages, `compress` whether slabs
+    first go through `compress_bright`. With the attribute `checkpointing` on, a training step keeps only the
+    levels' outputs and computes what is between them again in the backward pass (Chen et al. 2016, arXiv
+    1604.06174): the same function and gradients in less memory and more time.
     """
 
     def __init__(
         self, in_channels: int = 3, num_regions: int = 1, widths: Sequence[int] = WIDTHS,
         use_se: bool = True, use_attention: bool = True, dilated: bool = True, residual: bool = True,
-        se_form: SqueezeForm = "slab",
+        se_form: SqueezeForm = "slab", compress: bool = False,
     ) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
@@ -195,6 +206,7 @@ class DRUNetV2(nn.Module):
         self.in_channels = in_channels
         self.multiple = 2 ** (len(widths) - 1)
         self.checkpointing = False
+        self.compress = compress
         self.squeezes_head = use_se and se_form == "head"
         dilations = (1, 2) if dilated else (1, 1)
         down = zip((in_channels, *widths[:-1]), widths, strict=True)          # (3, 64) ... (512, 1024)
@@ -219,6 +231,7 @@ class DRUNetV2(nn.Module):
         self.check_shape(slab)
         heads = [find_head(slab) if self.squeezes_head else None]             # (N, 1, H, W), or None
         skips = []
+        slab = compress_bright(slab) if self.compress else slab
         x = self.run_level(self.encoder[0], slab, heads[0])                   # (N, 64, H, W)
         for level in self.encoder[1:]:
             skips.append(x)
@@ -257,13 +270,13 @@ def build_network(settings: Mapping[str, Any]) -> DRUNetV2:
 
     Settings hold `modalities`, `regions`, `context` (slices on each side of the one segmented) and `widths`.
     Of the switches `use_se`, `use_attention`, `dilated` and `residual`, one that is missing is on. `se_form`
-    is "slab" where it is missing.
+    is "slab" where it is missing, `compress` off: such settings are of an earlier version.
     """
     in_channels = len(settings["modalities"]) * (2 * settings["context"] + 1)
     switches = {name: settings.get(name, True) for name in SWITCHES}
     return DRUNetV2(
         in_channels, len(settings["regions"]), tuple(settings["widths"]), **switches,
-        se_form=settings.get("se_form", "slab"),
+        se_form=settings.get("se_form", "slab"), compress=settings.get("compress", False),
     )
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from audit.statistics import compare_paired, format_spread, summarise
 from benchmarks.common import RESULTS, print_table
-from benchmarks.networks import ENTRIES, Entry
+from benchmarks.networks import ENTRIES, Entry, build_row
 from benchmarks.stripping import build_stripping
 from cohort.cache import PreparedCase, prepare_cases
 from cohort.cases import Modalities, with_reference
@@ -55,7 +55,7 @@ from runtime.log import log
 from runtime.machine import amp_dtype, choose_device, describe_machine, describe_versions, set_seed
 from runtime.state import average_weights
 from train_drunet_v2 import validate
-from utils_v2 import THRESHOLDS, Overlap, overlap_at_thresholds
+from utils_v2 import THRESHOLDS, Overlap, choose_thresholds, overlap_at_thresholds
 
 WARMUP_SHARE = 0.03  # of the budget, over which the learning rate rises
 LAST_RATE = 0.01  # of the learning rate, where a cosine ends
@@ -231,19 +231,19 @@ def train_row(
         budget.seconds += budget.clock() - started
         if budget.share() >= (len(history) + 1) / config.validations:
             evaluated = average.module if average else network
-            sweep = sweep_validation(evaluated)  # (R, T), mean over cases
-            score = float(sweep[:, np.argmin(abs(THRESHOLDS - 0.5))].mean())
+            dice = sweep_validation(evaluated)  # (cases, R, T)
+            score = float(dice[..., np.argmin(abs(THRESHOLDS - 0.5))].mean())
             history.append({"seconds": budget.seconds, "slabs": budget.slabs, "validation_dice": score})
             log.info("  %3.0f s  %6d slabs  validation %.4f", budget.seconds, budget.slabs, score)
             if score > best[0]:
-                best = (score, copy.deepcopy(evaluated), sweep)
+                best = (score, copy.deepcopy(evaluated), dice)
         if budget.share() >= 1:
             break
-    score, kept, sweep = best
+    score, kept, dice = best
     if kept is None:
         raise InputError("the network", "has never had a finite validation Dice", "see networks.py")
     facts = {"seconds": budget.seconds, "slabs": budget.slabs, "validation_dice": score, "history": history}
-    facts["thresholds"] = [float(THRESHOLDS[index]) for index in sweep.argmax(1)]
+    facts["thresholds"] = choose_thresholds(dice)
     return kept, facts
 
 
@@ -304,7 +304,7 @@ def run_row(config: RingConfig, name: str, fold: int, seed: int, cohorts: Cohort
     entry = ENTRIES[name]
     set_seed(seed)
     channels = len(config.modalities) * (2 * entry.context + 1)
-    network = entry.build(channels, len(config.regions), config.widths)
+    network = build_row(entry, channels, len(config.regions), config.widths)
     cost = measure_cost(config, entry, network)
     log.info("%s, fold %d, seed %d: %.2f M parameters", name, fold, seed, cost["parameters"] / 1e6)
     spacing = training_spacing(cohorts.train, entry.size)
@@ -312,7 +312,7 @@ def run_row(config: RingConfig, name: str, fold: int, seed: int, cohorts: Cohort
 
     def sweep(evaluated: nn.Module) -> np.ndarray:
         model = as_model(config, entry, evaluated, spacing)
-        return validate(model, cohorts.validation, config.batch_size).mean(0)
+        return validate(model, cohorts.validation, config.batch_size)
 
     kept, facts = train_row(config, entry, network, batches, sweep)
     model = as_model(config, entry, kept, spacing, facts["thresholds"])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_drunet_v2 import DRUNetV2, SqueezeExcitation
+from model_drunet_v2 import DRUNetV2, SqueezeExcitation, compress_bright
 from utils_v2 import HybridFocalDiceLoss
 
 Build = Callable[[int, int, Sequence[int]], nn.Module]  # in_channels, num_regions, widths -> logits of a slab
@@ -32,6 +32,20 @@ class Entry:
     schedule: str = "cosine"  # or "drop" (a tenth for the last quarter) or "constant"
     strip: float = 0.0  # probability that a training slab loses what lies outside of the brain
     average: float = 0.995  # decay of the averaged weights; 0 is off
+    compress: bool = True  # whether slabs go through `compress_bright` before the network
+
+
+def build_row(entry: Entry, in_channels: int, num_regions: int, widths: Sequence[int]) -> nn.Module:
+    """Return the untrained network of a row, ours or a peer's, with what all do to their input."""
+    network = entry.build(in_channels, num_regions, widths)
+    if entry.compress:
+        network.register_forward_pre_hook(compress_input)
+    return network
+
+
+def compress_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the slabs that a network gets, compressed: a hook before its forward pass."""
+    return (compress_bright(inputs[0]), *inputs[1:])
 
 
 class BCEDice(nn.Module):
@@ -213,6 +227,7 @@ ENTRIES: dict[str, Entry] = {
     "no SE, no residual": Entry(ours(use_se=False, residual=False)),
     "no SE, instance norm": Entry(ours_instance),
     # the claims about training
+    "no SE, not compressed": replace(NO_SE, compress=False),
     "no SE, one slice": replace(NO_SE, context=0),
     "no SE, five slices": replace(NO_SE, context=2),
     "no SE, focal alone": replace(NO_SE, loss=HybridFocalDiceLoss(dice_weight=0.0)),

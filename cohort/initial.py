@@ -25,8 +25,9 @@ from runtime.checkpoints import load_checkpoint
 from runtime.errors import InputError
 from runtime.log import log
 
-ARCHITECTURE = ("widths", *SWITCHES, "se_form")  # what must be the same
-IF_MISSING = dict.fromkeys(ARCHITECTURE, True) | {"se_form": "slab"}  # in settings of older runs
+ARCHITECTURE = ("widths", *SWITCHES, "se_form", "compress")  # what must be the same
+# in settings of older runs
+IF_MISSING = dict.fromkeys(ARCHITECTURE, True) | {"se_form": "slab", "compress": False}
 NETWORK_SETTINGS = (*ARCHITECTURE, "modalities", "context", "regions", "size")
 FIRST = (
     "encoder.0.convolutions.0.weight",

@@ -7,7 +7,7 @@ from typing import Any
 
 from cohort.cases import Modalities
 from cohort.labels import Regions
-from model_drunet_v2 import WIDTHS, Widths
+from model_drunet_v2 import WIDTHS, SqueezeForm, Widths
 from runtime.command import Neighbours, Side, from_plain
 from runtime.errors import InputError
 
@@ -27,10 +27,15 @@ class NetworkSettings:
     use_attention: bool = True
     dilated: bool = True
     residual: bool = True
+    se_form: SqueezeForm = "slab"
+    compress: bool = False
 
 
 def check_network_settings(path: str | Path, config: Any, needed: tuple[str, ...] = NEEDED) -> None:
-    """Raise InputError where the settings in a file make no network; a switch that is missing is on."""
+    """Raise InputError where the settings in a file make no network.
+
+    A switch that is missing is as `build_network` takes it.
+    """
     missing = [name for name in needed if name not in config] if isinstance(config, Mapping) else ["settings"]
     if missing:
         raise InputError(path, f"does not say of its network the {missing[0]}", "take another copy")

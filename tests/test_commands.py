@@ -18,6 +18,7 @@ import torch
 
 from cohort.preprocess import brain_mask
 from runtime.checkpoints import load_checkpoint, save_checkpoint
+from utils_v2 import choose_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -107,11 +108,14 @@ def test_training_and_the_audit_leave_pages_that_lead_to_one_another(trained):
     assert "% drawn" in page
 
 
-def test_threshold_of_the_checkpoint_is_the_one_with_the_highest_validation_dice(trained):
+def test_threshold_of_the_checkpoint_follows_from_the_dice_of_each_validation_case(trained):
     checkpoint = load_checkpoint(trained / "results" / "tiny" / "best.pt")
     sweep = checkpoint["threshold_sweep"]
-    highest = int(np.argmax(sweep["validation_dice"][0]))
-    assert checkpoint["thresholds"] == [sweep["thresholds"][highest]]
+    dice = np.array(sweep["validation_dice"])
+    split = json.loads((trained / "results" / "tiny" / "split.json").read_text())
+    assert dice.shape == (len(split["validation"]), 1, len(sweep["thresholds"]))
+    assert dice[:, 0, sweep["thresholds"].index(0.5)].mean() == pytest.approx(checkpoint["validation_dice"])
+    assert checkpoint["thresholds"] == choose_thresholds(dice)
 
 
 def test_summary_follows_from_the_rows_per_case(trained, phantom_cohort):

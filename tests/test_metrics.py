@@ -22,6 +22,7 @@ from utils_v2 import (
     THRESHOLDS,
     Overlap,
     bounding_box,
+    choose_thresholds,
     count_overlap,
     dice_score,
     hd95,
@@ -526,3 +527,44 @@ def test_bounding_box_by_hand() -> None:
     mask = voxels((5, 6, 7), (1, 5, 2), (3, 4, 2))
     assert bounding_box(mask) == (slice(1, 4), slice(4, 6), slice(2, 3))
     assert bounding_box(np.ones((2, 3), bool)) == (slice(0, 2), slice(0, 3))
+
+
+def sweep_of(*cases: dict[float, float]) -> np.ndarray:
+    """Dice (cases, 1, T), 0 where none is given."""
+    dice = np.zeros((len(cases), 1, len(THRESHOLDS)))
+    for case, values in zip(dice, cases, strict=True):
+        for threshold, value in values.items():
+            case[0, np.flatnonzero(np.isclose(THRESHOLDS, threshold))] = value
+    return dice
+
+
+def test_a_threshold_that_is_better_by_chance_is_not_chosen():
+    # 0.1 is ahead of 0.5 by 0.02 on average; differences 0.2, -0.1, -0.04: standard error 0.0917
+    assert choose_thresholds(sweep_of({0.1: 0.8, 0.5: 0.6}, {0.1: 0.5, 0.5: 0.6}, {0.1: 0.6, 0.5: 0.64})) == [
+        0.5
+    ]
+    # the same mean, but in each case: standard error 0.0029
+    always = ({0.1: 0.62, 0.5: 0.6}, {0.1: 0.625, 0.5: 0.6}, {0.1: 0.655, 0.5: 0.64})
+    assert choose_thresholds(sweep_of(*always)) == [0.1]
+
+
+def test_of_thresholds_that_are_as_good_the_one_next_to_a_half_is_chosen():
+    case = {0.1: 0.9, 0.3: 0.9, 0.8: 0.9}
+    assert choose_thresholds(sweep_of(case, case)) == [0.3]
+    # 0.4 and 0.6 are as near; 0.6 has the higher mean and both are within a standard error
+    assert choose_thresholds(sweep_of({0.4: 0.9, 0.6: 0.8}, {0.4: 0.5, 0.6: 0.7})) == [0.6]
+
+
+def test_one_case_says_nothing_of_the_threshold():
+    assert choose_thresholds(sweep_of({0.1: 0.9, 0.5: 0.1})) == [0.5]
+
+
+def test_each_region_has_its_own_threshold():
+    low, high = sweep_of({0.2: 0.9}, {0.2: 0.8}), sweep_of({0.7: 0.9}, {0.7: 0.8})
+    assert choose_thresholds(np.concatenate([low, high], axis=1)) == [0.2, 0.7]
+
+
+@given(arrays.arrays(float, (5, 1, len(THRESHOLDS)), elements=st.floats(0, 1)))
+def test_the_threshold_chosen_is_never_further_from_a_half_than_the_best(dice):
+    best = THRESHOLDS[dice[:, 0].mean(0).argmax()]
+    assert abs(choose_thresholds(dice)[0] - 0.5) <= abs(best - 0.5) + 1e-9

@@ -25,6 +25,7 @@ from model_drunet_v2 import (
     _AddWeighted,
     _ChannelMean,
     build_network,
+    compress_bright,
     count_flops,
     count_parameters,
     estimate_activation_bytes,
@@ -235,6 +236,38 @@ def test_a_runs_settings_switch_one_part_off(switch: str) -> None:
     assert shapes_of(network) == shapes_of(ablated)
     dilation = 1 if switch == "dilated" else 2
     assert network.encoder[0].convolutions[3].dilation == (dilation, dilation)
+
+
+@pytest.mark.parametrize("compress", [None, False, True])
+def test_a_runs_settings_say_whether_slabs_are_compressed(compress: bool | None) -> None:
+    network = build_network(RUN if compress is None else RUN | {"compress": compress})
+    assert network.compress is bool(compress)
+
+
+def test_compressing_by_hand() -> None:
+    # above 1 a step of 1 becomes one of 0.35
+    slab = torch.tensor([-4.0, 0.0, 1.0, 2.0, 5.0, 8.0])
+    torch.testing.assert_close(compress_bright(slab), torch.tensor([-4.0, 0.0, 1.0, 1.35, 2.4, 3.45]))
+
+
+def test_a_network_that_compresses_is_the_plain_one_on_compressed_slabs() -> None:
+    slab = 3 * draw(2, 3, 32, 32)
+    with torch.no_grad():
+        compressing = make_network(compress=True).eval()(slab)
+        plain = make_network().eval()
+        torch.testing.assert_close(compressing, plain(compress_bright(slab)))
+        assert not torch.allclose(compressing, plain(slab))
+
+
+def test_compressing_leaves_the_head_where_it_is() -> None:
+    slab = 3 * draw(2, 3, 32, 32)
+    slab[:, :, :8] = -4
+    with torch.no_grad():
+        network = make_network(compress=True, se_form="head").eval()
+        seen = []
+        network.encoder[0].se.register_forward_hook(lambda *hook: seen.append(hook[1][1]))
+        network(slab)
+    torch.testing.assert_close(seen[0], find_head(slab))
 
 
 def reach_in_pixels(block: nn.Module, channels: int) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ from runtime.log import log
 from runtime.place import Place
 from runtime.state import Clock, TrainState
 from training.run import Run, how_to_resume
-from utils_v2 import THRESHOLDS
+from utils_v2 import THRESHOLDS, choose_thresholds
 
 
 def finish_epoch(
@@ -60,13 +60,12 @@ def finish_epoch(
 
 
 def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
-    """Write best.pt: weights, settings, and per region the threshold with the highest validation Dice."""
-    sweep = dice.mean(0)  # (R, T)
+    """Write best.pt: weights, settings, and per region the threshold that validation chooses."""
     content = {
         "model": state.evaluated.state_dict(),
         "config": command.to_plain(run.config),
-        "thresholds": [float(THRESHOLDS[highest]) for highest in sweep.argmax(1)],
-        "threshold_sweep": {"thresholds": THRESHOLDS.tolist(), "validation_dice": sweep.tolist()},
+        "thresholds": choose_thresholds(dice),
+        "threshold_sweep": {"thresholds": THRESHOLDS.tolist(), "validation_dice": dice.tolist()},
         "epoch": state.epoch,
         "validation_dice": state.best_dice,
     }
