@@ -209,7 +209,9 @@ def train_row(
     device = choose_device(config.device)
     dtype = amp_dtype(device, entry.amp)
     network = network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.learning_rate, weight_decay=1e-2, fused=True
+    )
     average = average_weights(network, entry.average) if entry.average else None
     budget, history, best = Budget(config, device), [], (-1.0, None, None)
     for slab, target in batches:
