@@ -139,8 +139,8 @@ class TumourContrast(A.ImageOnlyTransform):
     The contrast of a channel is the mean inside the mask (all regions) minus the mean of the rim around it;
     texture stays. In half of the draws the tumour's border keeps its contrast, as in gliomas whose FLAIR is
     suppressed but for a bright rim (T2-FLAIR mismatch: Patel et al. 2017, doi 10.1158/1078-0432.CCR-17-0560).
-    A network that has seen few tumours as bright as the brain, or darker, misses them. A slab without tumour
-    stays as it is.
+    A network that has seen few tumours as bright as the brain, or darker, misses them; one that has seen none
+    brighter than scalp does so on a scanner where they are. A slab without tumour stays as it is.
     """
 
     def __init__(self, limits: tuple[float, float], p: float) -> None:
@@ -200,7 +200,7 @@ def build_augmentation() -> A.Compose:
             A.HorizontalFlip(p=0.5),
             A.VerticalFlip(p=0.5),
             Warp(affine=0.6, elastic=0.15),
-            TumourContrast(limits=(-0.3, 1.2), p=0.35),
+            TumourContrast(limits=(-0.3, 3.0), p=0.5),
             BiasField(strength=0.35, p=0.4),
             A.RandomBrightnessContrast(brightness_limit=0.08, contrast_limit=0.25, p=0.5),
             A.RandomGamma(gamma_limit=(70, 150), p=0.3),
