@@ -20,19 +20,24 @@ from model_drunet_v2 import (
     DecoderLevel,
     DRUNetV2,
     ModelConfig,
+    RectifiedConv,
     ResidualBlock,
     SqueezeExcitation,
     _AddWeighted,
     _ChannelMean,
+    _Fork,
     build_network,
     compress_bright,
     count_flops,
     count_parameters,
     estimate_activation_bytes,
     find_head,
+    fold_batch_norm,
+    fork,
     head_mean,
     main,
     measure_activation_bytes,
+    prepare_network,
 )
 from runtime.command import check_settings
 from runtime.errors import InputError
@@ -525,6 +530,37 @@ def test_means_and_weighted_sums_have_the_gradients_of_the_plain_formulas(
         torch.testing.assert_close(_AddWeighted.apply(base, x, weight), base + x * weight)
     (found,) = torch.autograd.grad(_ChannelMean.apply(x).sum(), inputs[0])
     assert found.is_contiguous(memory_format=layout)
+
+
+def test_the_gradients_of_a_forked_map_are_summed_into_a_new_one() -> None:
+    x = draw(2, 3, 4, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: _Fork.apply(x, 3), x)
+    one, other, third = fork(x, 3)
+    gradients = [draw(2, 3, 4, 4, seed=seed).double() for seed in (1, 2, 3)]
+    before = [gradient.clone() for gradient in gradients]
+    torch.autograd.backward((one, other, third), gradients)
+    torch.testing.assert_close(x.grad, sum(before))
+    assert all(torch.equal(gradient, was) for gradient, was in zip(gradients, before, strict=True))
+
+
+def test_a_map_without_a_gradient_is_not_forked() -> None:
+    x = draw(1, 2, 2, 2)
+    assert all(each is x for each in fork(x, 2))
+
+
+def test_a_network_that_is_ready_rectifies_within_its_convolutions_and_gives_the_same_numbers() -> None:
+    network = make_network()
+    network(draw(2, 3, 32, 32))  # so that batch norm is not the identity
+    slab = draw(2, 3, 32, 32, seed=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        ready = prepare_network(network, torch.device("cpu"), dtype)
+        # the first convolution of each encoder block; a decoder block has one, whose ReLU follows the sum
+        assert sum(isinstance(module, RectifiedConv) for module in ready.modules()) == len(NARROW)
+        folded = fold_batch_norm(network).to(dtype, memory_format=torch.channels_last)
+        with torch.no_grad():
+            one, other = (each(slab.to(dtype)) for each in (ready, folded))
+        torch.testing.assert_close(one, other)
+    assert not any(isinstance(module, RectifiedConv) for module in fold_batch_norm(network).modules())
 
 
 def test_a_mean_of_float16_does_not_pass_its_largest_number() -> None:
