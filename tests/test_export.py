@@ -39,6 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network.head.weight.mul_(60)
         network.head.bias.zero_()
     config = {"modalities": ("flair",), "regions": ("WT", "TC"), "context": 1, "size": SIZE, "widths": (4, 8)}
+    config |= {"compress": True}
     content = {
         "model": network.state_dict(),
         "config": config | {"data_dir": "a/private/place"},
