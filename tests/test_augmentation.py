@@ -128,6 +128,24 @@ def test_a_tumours_contrast_is_drawn_within_its_limits_with_and_without_border()
     assert np.mean([params["keep_border"] for params in drawn]) == pytest.approx(0.5, abs=0.1)
 
 
+def test_tumours_become_fainter_and_up_to_three_times_as_bright():
+    changes = [each for each in build_augmentation().transforms if isinstance(each, TumourContrast)]
+    image = np.full((SIDE, SIDE, 1), 0.2, np.float32)
+    mask = np.zeros((SIDE, SIDE, 1), np.uint8)
+    mask[10:30, 10:30] = 1
+    image[mask > 0] = 0.4
+    factors = []
+    for seed, change in enumerate(changes):
+        change.set_random_seed(seed)
+        centres = np.array([change(image=image, mask=mask)["image"][20, 20, 0] for _ in range(1000)])
+        factors.append((centres - 0.2) / 0.2)
+    fainter, brighter = factors
+    assert np.mean(abs(fainter - 1) > 1e-3) == pytest.approx(0.35, abs=0.04)
+    assert (fainter.min(), fainter.max()) == pytest.approx((-0.3, 1.2), abs=0.05)
+    assert np.mean(abs(brighter - 1) > 1e-3) == pytest.approx(0.2, abs=0.04)
+    assert (brighter.min(), brighter.max()) == pytest.approx((1, 3), abs=0.05)
+
+
 def test_the_mask_is_not_resampled_by_what_changes_intensities():
     generator = np.random.default_rng(0)
     image = ndimage.gaussian_filter(generator.random((SIDE, SIDE, 3)), (3, 3, 0)).astype(np.float32)
