@@ -432,35 +432,21 @@ class RectifiedConv(nn.Module):
         """Return relu(convolution(x))."""
         own = self.convolution
         dtype = own.weight.dtype
-        is_cast = dtype == torch.float32 and torch.is_autocast_enabled(
-            "cpu"
-        )  # autocast knows not of the pass
-        if torch.compiler.is_compiling() or is_cast or dtype not in (torch.float32, torch.bfloat16):
+        is_left_to_autocast = dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+        is_known = dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+        if is_left_to_autocast or not is_known:
             return F.relu(own(x))
-        return torch.ops.mkldnn._convolution_pointwise(
-            x.to(dtype),
-            own.weight,
-            own.bias,
-            own.padding,
-            own.stride,
-            own.dilation,
-            own.groups,
-            "relu",
-            [],
-            "",
-        )
+        geometry = (own.padding, own.stride, own.dilation, own.groups)
+        x = x.to(dtype)
+        return torch.ops.mkldnn._convolution_pointwise(x, own.weight, own.bias, *geometry, "relu", [], "")
 
 
 def _join_rectifiers(layers: nn.Sequential) -> None:
     """Make one of each convolution, the identity that a folded batch norm left, and the ReLU after it."""
+    kinds = (nn.Conv2d, nn.Identity, nn.ReLU)
     for index in range(len(layers) - 2):
-        convolution, folded, rectifier = layers[index : index + 3]
-        if (
-            isinstance(convolution, nn.Conv2d)
-            and isinstance(folded, nn.Identity)
-            and isinstance(rectifier, nn.ReLU)
-        ):
-            layers[index], layers[index + 2] = RectifiedConv(convolution), nn.Identity()
+        if all(isinstance(*pair) for pair in zip(layers[index : index + 3], kinds, strict=True)):
+            layers[index], layers[index + 2] = RectifiedConv(layers[index]), nn.Identity()
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:

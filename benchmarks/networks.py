@@ -38,7 +38,9 @@ class Entry:
 def build_row(entry: Entry, in_channels: int, num_regions: int, widths: Sequence[int]) -> nn.Module:
     """Return the untrained network of a row, ours or a peer's, with what all do to their input."""
     network = entry.build(in_channels, num_regions, widths)
-    if entry.compress:
+    if isinstance(network, DRUNetV2):
+        network.compress = entry.compress  # after it has found the head, as in training
+    elif entry.compress:
         network.register_forward_pre_hook(compress_input)
     return network
 

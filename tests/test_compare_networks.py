@@ -8,11 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import compare_networks
 from benchmarks.compare_networks import RingConfig, main, row_path, scheduled_rate, tabulate
-from benchmarks.networks import ENTRIES, BCEDice, DeepSupervision, WindowSqueeze
-from model_drunet_v2 import SqueezeExcitation
+from benchmarks.networks import (
+    ENTRIES,
+    BCEDice,
+    Build,
+    DeepSupervision,
+    Entry,
+    WindowSqueeze,
+    build_row,
+    ours,
+)
+from model_drunet_v2 import SqueezeExcitation, compress_bright
 from runtime.files import write_json
 from utils_v2 import HybridFocalDiceLoss
 
@@ -158,3 +168,14 @@ def test_seeds_of_one_fold_are_averaged_per_case(tmp_path: Path, monkeypatch: py
     (line,) = tabulate(compare_networks.read_rows(config), "WT")
     assert line["n home"] == 2  # cases, not runs
     assert float(line["home tta"].split()[0]) == pytest.approx(np.mean([0.5, 0.9]), abs=1e-3)
+
+
+@pytest.mark.parametrize("build", [ours(use_se=False), lambda *_: nn.Identity()])
+def test_all_networks_of_the_ring_see_compressed_slabs_where_the_row_says_so(build: Build) -> None:
+    slab = 4 * torch.rand(1, 3, 32, 32)
+    for compress in (True, False):
+        torch.manual_seed(0)
+        network = build_row(Entry(build, compress=compress), 3, 1, (4, 8)).eval()
+        torch.manual_seed(0)
+        plain = build(3, 1, (4, 8)).eval()
+        torch.testing.assert_close(network(slab), plain(compress_bright(slab) if compress else slab))
