@@ -19,15 +19,14 @@ from cohort.leakage import (
     select_proven,
     unpack_identities,
 )
-from cohort.network import check_network_settings
+from cohort.network import NetworkSettings, check_network_settings
 from model_drunet_v2 import SWITCHES
 from runtime.checkpoints import load_checkpoint
 from runtime.errors import InputError
 from runtime.log import log
 
 ARCHITECTURE = ("widths", *SWITCHES, "se_form", "compress")  # what must be the same
-# in settings of older runs
-IF_MISSING = dict.fromkeys(ARCHITECTURE, True) | {"se_form": "slab", "compress": False}
+IF_MISSING = {name: getattr(NetworkSettings, name) for name in ARCHITECTURE}  # in settings of older runs
 NETWORK_SETTINGS = (*ARCHITECTURE, "modalities", "context", "regions", "size")
 FIRST = (
     "encoder.0.convolutions.0.weight",
