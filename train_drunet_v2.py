@@ -56,7 +56,7 @@ from runtime.place import Place
 from runtime.state import Clock, TrainState
 from runtime.steps import StepGuard
 from runtime.tables import write_table
-from training.epoch_end import finish_epoch, has_stalled, stop_run
+from training.epoch_end import describe_kept, finish_epoch, has_stalled, stop_run
 from training.resume import settings_of_resumed, share_batch
 from training.run import Run, how_to_resume, remedy_of
 from training.start import (
@@ -128,7 +128,10 @@ class TrainConfig:
     slabs_per_epoch: Count | None = None
     """slabs drawn per epoch; default: as many as there are training slices"""
     early_stop: Count = 15
-    """epochs without any rise of validation Dice before the run ends"""
+    """epochs without any rise of validation Dice before the run ends; not with --keep last"""
+    keep: Literal["best", "last"] = "best"
+    """the epoch whose weights are best.pt: that of the highest validation Dice, or the last; few validation
+    cases choose badly"""
 
     # the step
     batch_size: command.BatchSize = 16
@@ -210,6 +213,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-3,
         "min_learning_rate": 2e-5,
         "ema": 0.995,
+        "keep": "last",
     },
 }
 
@@ -542,11 +546,8 @@ def train_run(config: TrainConfig) -> None:
     place = places.restore_place((checkpoint or {}).get("place"), state, config.batch_size)
     with dataset.workers_of(loader), signals.finish_first():
         train_epochs(run, state, loader, cases["validation"], clock, place)
-    log.info(
-        f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over "
-        f"{len(cases['validation'])} cases, threshold 0.5, no TTA"
-    )
     if ranks.is_main():
+        log.info(describe_kept(run, state, len(cases["validation"])))
         add_postprocessing(run, cases["validation"])
         pages.write_run_pages(run.folder)
     log.info(f"audit it: python final_evaluation_v2.py --run {run.folder}")

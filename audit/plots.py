@@ -125,10 +125,10 @@ def plot_curves(
             marker=".",
             label=f"{region}, mean over cases",
         )
-        kept = log[column].idxmax()
+        highest = log[column].idxmax()
         dice.annotate(
-            f"{log[column][kept]:.3f}",
-            (log["epoch"][kept], log[column][kept]),
+            f"{log[column][highest]:.3f}",
+            (log["epoch"][highest], log[column][highest]),
             textcoords="offset points",
             xytext=(0, 6),
             ha="center",

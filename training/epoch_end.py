@@ -24,7 +24,7 @@ def finish_epoch(
     at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))].mean(0)  # (R,)
     rate = state.optimizer.param_groups[0]["lr"]  # of the epoch that ends
     is_best_gone = ranks.from_main(state.best_epoch > 0 and not (run.folder / "best.pt").exists())
-    is_better = float(at_half.mean()) > state.best_dice or is_best_gone
+    is_better = config.keep == "last" or float(at_half.mean()) > state.best_dice or is_best_gone
     if is_better:
         state.best_dice, state.best_epoch = float(at_half.mean()), state.epoch
     drop_rate_where_due(config, state, clock, float(at_half.mean()))
@@ -91,6 +91,20 @@ def drop_rate_where_due(config: Any, state: TrainState, clock: Clock, validation
 def has_stalled(config: Any, state: TrainState) -> bool:
     """Return whether validation Dice has not risen for --early-stop epochs."""
     return state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop
+
+
+def describe_kept(run: Run, state: TrainState, cases: int) -> str:
+    """Return which epoch is kept, with its validation Dice, and the highest one where that is another."""
+    text = (
+        f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over {cases} cases, "
+        "threshold 0.5, no TTA"
+    )
+    names = [f"validation_dice_{region}" for region in run.config.source.regions]
+    scores = {int(row["epoch"]): float(np.mean([float(row[name]) for name in names])) for row in state.log}
+    highest = max(scores, key=scores.__getitem__)
+    if scores[highest] > state.best_dice:
+        text += f"; epoch {highest} had {scores[highest]:.4f}"
+    return text
 
 
 def stop_run(run: Run, state: TrainState, place: Place, steps: int) -> NoReturn:
