@@ -408,20 +408,33 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    is_ours = ~table["network"].str.startswith(("MONAI", "nnU-Net", "smp"))
+    colours = np.where(is_ours, "#0072b2", "#d55e00")
     for axis, place in zip(axes, ("home", "abroad"), strict=True):
         dice = table[f"{place} tta"].str.split().str[0].astype(float)
-        is_ours = ~table["network"].str.startswith(("MONAI", "nnU-Net", "smp"))
-        for kind, colour in ((is_ours, "#0072b2"), (~is_ours, "#d55e00")):
-            axis.scatter(table["GFLOP"][kind], dice[kind], s=26, color=colour)
-        for name, x, y in zip(table["network"], table["GFLOP"], dice, strict=True):
-            axis.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6.5)
-        span = table["GFLOP"].max() - table["GFLOP"].min() or 1
-        axis.set_xlim(table["GFLOP"].min() - 0.1 * span, table["GFLOP"].max() + 0.4 * span)  # room for names
+        axis.scatter(table["GFLOP"], dice, s=26, color=colours)
+        # rows of equal cost would print their names over one another: the dots carry numbers, pushed apart
+        height, labelled = dice.max() - dice.min() or 1, []
+        for number in dice.sort_values().index:
+            x, y = table["GFLOP"][number], dice[number]
+            near = [at for other, at in labelled if abs(np.log(other / x)) < 0.12]
+            y = max([y, *(at + 0.03 * height for at in near)])
+            labelled.append((x, y))
+            style = {"fontsize": 7, "color": colours[number], "va": "center"}
+            line = {"arrowstyle": "-", "color": colours[number], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
+            axis.annotate(str(number + 1), (x, dice[number]), (x * 1.06, y), arrowprops=line, **style)
+        axis.set_xscale("log")
+        axis.set_xlim(0.93 * table["GFLOP"].min(), 1.15 * table["GFLOP"].max())
+        axis.set_xticks(ticks := np.unique(table["GFLOP"].round(1)), [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.set_xlabel("GFLOP per slab")
         axis.set_ylabel(f"{region} Dice per case with TTA, mean over {table[f'n {place}'].iloc[0]} cases")
         axis.set_title(place)
         axis.grid(alpha=0.3)
+    names = [f"{number + 1}  {name}" for number, name in enumerate(table["network"])]
+    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours]
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
     write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=130))
     pyplot.close(figure)
 
