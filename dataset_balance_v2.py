@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from audit.plots import plot_balance
-from cohort.augmentation import build_augmentation
+from cohort.augmentation import build_augmentation, seed_transforms
 from cohort.cache import PreparedCase, clear_cache, prepare_cases
 from cohort.cases import Modalities, with_reference
 from cohort.check import check_cohort, log_problems, write_problems
@@ -213,7 +213,7 @@ class SlabDataset(Dataset):
     def augment(self, slab: np.ndarray, target: np.ndarray, draw_seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a slab (C*K, S, S) and its target (R, S, S) transformed alike, seeded by the draw."""
         low, high = Z_RANGE
-        self.augmentation.set_random_seed(draw_seed)
+        seed_transforms(self.augmentation, draw_seed)
         pixels = cv2.merge(list(slab)).reshape(*slab.shape[1:], -1)  # (S, S, C*K)
         pixels -= low
         pixels /= high - low

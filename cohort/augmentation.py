@@ -5,6 +5,7 @@ has none or is several times slower; `benchmarks/feeding.py` times each.
 """
 
 import os
+import random
 from typing import Any
 
 import albumentations as A
@@ -188,6 +189,15 @@ class TumourContrast(A.ImageOnlyTransform):
 def fade_out(mask: np.ndarray) -> np.ndarray:
     """Return a mask (H, W) uint8 as float32 shares, 0..1, whose border is smooth."""
     return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), TUMOUR_EDGE)
+
+
+def seed_transforms(transforms: A.Compose, seed: int) -> None:
+    """Seed transforms so that they draw one after another from one generator.
+
+    `Compose.set_random_seed` gives each of them a generator of its own with one and the same seed: all would
+    draw the same number to decide whether they act, so that no flip came without the other.
+    """
+    transforms.set_random_state(np.random.default_rng(seed), random.Random(seed))
 
 
 def build_augmentation() -> A.Compose:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cohort.augmentation import BIAS_GRID, BiasField, TumourContrast, build_augmentation
+from cohort.augmentation import BIAS_GRID, BiasField, TumourContrast, build_augmentation, seed_transforms
 
 SIDE = 64
 
@@ -161,3 +161,20 @@ def test_the_mask_is_not_resampled_by_what_changes_intensities():
         assert out["image"].shape == image.shape
         changed += bool((out["image"] != image).any())
     assert changed == len(compose.transforms[3:])
+
+
+def test_whether_a_transform_acts_says_nothing_of_the_others():
+    transforms = build_augmentation()
+    transforms.save_applied_params = True  # lists what has acted
+    image, mask = np.full((SIDE, SIDE, 3), 0.4, np.float32), np.zeros((SIDE, SIDE, 1), np.uint8)
+    image[8:56, 8:56] += 0.2
+    mask[20:40, 20:40] = 1
+    names = ["HorizontalFlip", "VerticalFlip", "BiasField", "RandomBrightnessContrast", "GaussNoise"]
+    acted = np.zeros((600, len(names)), bool)
+    for seed in range(len(acted)):
+        seed_transforms(transforms, seed)
+        applied = {name for name, _ in transforms(image=image, mask=mask)["applied_transforms"]}
+        acted[seed] = [name in applied for name in names]
+    assert acted.mean(0) == pytest.approx([0.5, 0.5, 0.4, 0.5, 0.2], abs=0.07)
+    together = np.corrcoef(acted.T) - np.eye(len(names))
+    assert np.abs(together).max() < 0.16  # four standard errors of a correlation that is 0

@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import ndimage
 
 import dataset_balance_v2
-from cohort.augmentation import TumourContrast
+from cohort.augmentation import BiasField, TumourContrast
 from cohort.cache import PreparedCase, open_entry, write_entry
 from cohort.cases import Case
 from cohort.layouts import CaseSource
@@ -258,8 +258,8 @@ def test_what_comes_out_depends_on_the_key_alone(random_case):
 def test_augmentation_moves_all_slices_and_the_target_alike(patterned):
     dataset = SlabDataset([patterned], slice_table([patterned], ("WT", "TC")), 1, 64)
     for transform in dataset.augmentation.transforms:
-        if isinstance(transform, TumourContrast):
-            transform.p = 0  # the pattern is the tumour, and would go with its contrast
+        if isinstance(transform, BiasField | TumourContrast):
+            transform.p = 0  # the pattern is the tumour, and would go with its contrast or fade in the field
     plain = fit_slices(patterned.reference[0, 2], place_slices(60, 50, 64), is_mask=True)
     moved = 0
     for seed in range(60):
