@@ -189,7 +189,8 @@ class SlabDataset(Dataset):
         self.rows = table[["case", "z"]].to_numpy()
         self.context = context
         self.size = size
-        self.augmentation = build_augmentation() if augment else None
+        modalities = len(self.cases[0].background)
+        self.augmentation = build_augmentation(modalities, 2 * context + 1) if augment else None
         self.modality_dropout = modality_dropout
 
     def __len__(self) -> int:
@@ -217,6 +218,7 @@ class SlabDataset(Dataset):
         pixels = cv2.merge(list(slab)).reshape(*slab.shape[1:], -1)  # (S, S, C*K)
         pixels -= low
         pixels /= high - low
+        np.clip(pixels, 0, 1, out=pixels)  # resizing rounds air to just below it, of which gamma makes NaN
         out = self.augmentation(image=pixels, mask=np.ascontiguousarray(target.transpose(1, 2, 0)))
         slab = np.ascontiguousarray(out["image"].transpose(2, 0, 1))
         slab *= high - low

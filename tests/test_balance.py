@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import ndimage
 
 import dataset_balance_v2
-from cohort.augmentation import BiasField, TumourContrast
+from cohort.augmentation import BiasField, LowResolution, TumourContrast
 from cohort.cache import PreparedCase, open_entry, write_entry
 from cohort.cases import Case
 from cohort.layouts import CaseSource
@@ -260,6 +260,9 @@ def test_augmentation_moves_all_slices_and_the_target_alike(patterned):
     for transform in dataset.augmentation.transforms:
         if isinstance(transform, BiasField | TumourContrast):
             transform.p = 0  # the pattern is the tumour, and would go with its contrast or fade in the field
+        for of_scan in getattr(transform, "transforms", ()):
+            if isinstance(of_scan, LowResolution):
+                of_scan.p = 0  # its edges are as wide as its pixels
     plain = fit_slices(patterned.reference[0, 2], place_slices(60, 50, 64), is_mask=True)
     moved = 0
     for seed in range(60):
@@ -289,6 +292,15 @@ def test_augmentation_changes_intensities_within_their_range(patterned):
     differing = np.abs(slabs[:, 0] - slabs[:, 1]).max((1, 2))
     assert (differing > 0).any()  # noise of its own in each slice
     assert (differing == 0).any()
+
+
+def test_air_that_resizing_rounds_below_its_range_stays_a_number(random_case):
+    dataset = SlabDataset([random_case], slice_table([random_case], ("WT", "TC")), 1, 96)
+    slab = np.full((6, 96, 96), np.nextafter(np.float32(LOW), np.float32(-9)))
+    slab[:, 20:60, 20:60] = np.random.default_rng(0).uniform(LOW, HIGH, (6, 40, 40))
+    target = np.ones((2, 96, 96), np.uint8)
+    for seed in range(40):
+        assert np.isfinite(dataset.augment(slab.copy(), target, seed)[0]).all()
 
 
 def test_the_case_on_disk_is_not_changed_by_augmentation(patterned):
