@@ -68,7 +68,7 @@ from training.start import (
     place_run,
     prepare_step,
 )
-from utils_v2 import THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
+from utils_v2 import AT_HALF, THRESHOLDS, HybridFocalDiceLoss, Overlap, overlap_at_thresholds
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -474,8 +474,7 @@ def train_epochs(
             if state.average:
                 ranks.average_buffers(state.average.module)
             dice = validate_epoch(run, state, validation)
-            at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))]
-            figures |= several.score_cohorts(validation, at_half, config.source.regions)
+            figures |= several.score_cohorts(validation, dice[:, :, AT_HALF], config.source.regions)
             # the last validation, and one for post-processing
             clock.reserved_s = 2 * (time.monotonic() - begun)
         state.minutes = minutes_before + clock.minutes()

@@ -12,9 +12,8 @@ from scipy.spatial import KDTree
 from torch import Tensor, nn
 
 HD95_ONE_EMPTY_MM = 374.0  # official BraTS value where exactly one of the two masks is empty
-THRESHOLDS = np.round(
-    np.arange(0.05, 0.951, 0.05), 2
-)  # swept on validation; training itself looks at 0.5 only
+THRESHOLDS = np.round(np.arange(0.05, 0.951, 0.05), 2)  # swept on validation
+AT_HALF = int(np.argmin(abs(THRESHOLDS - 0.5)))  # the one that training itself looks at
 
 
 # ------------------------------------------------------------------------------------------------------------

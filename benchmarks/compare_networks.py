@@ -56,7 +56,7 @@ from runtime.log import log
 from runtime.machine import amp_dtype, choose_device, describe_machine, describe_versions, set_seed
 from runtime.state import average_weights
 from train_drunet_v2 import validate
-from utils_v2 import THRESHOLDS, Overlap, choose_thresholds, overlap_at_thresholds
+from utils_v2 import AT_HALF, Overlap, choose_thresholds, overlap_at_thresholds
 
 WARMUP_SHARE = 0.03  # of the budget, over which the learning rate rises
 LAST_RATE = 0.01  # of the learning rate, where a cosine ends
@@ -235,7 +235,7 @@ def train_row(
         budget.seconds += budget.clock() - started
         if budget.share() >= (len(history) + 1) / config.validations:
             dice = sweep_validation(kept)  # (cases, R, T)
-            score = float(dice[..., np.argmin(abs(THRESHOLDS - 0.5))].mean())
+            score = float(dice[..., AT_HALF].mean())
             history.append({"seconds": budget.seconds, "slabs": budget.slabs, "validation_dice": score})
             log.info("  %3.0f s  %6d slabs  validation %.4f", budget.seconds, budget.slabs, score)
         if budget.share() >= 1:

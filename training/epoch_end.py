@@ -13,7 +13,7 @@ from runtime.log import log
 from runtime.place import Place
 from runtime.state import Clock, TrainState
 from training.run import Run, how_to_resume
-from utils_v2 import THRESHOLDS, choose_thresholds
+from utils_v2 import AT_HALF, THRESHOLDS, choose_thresholds
 
 
 def finish_epoch(
@@ -21,7 +21,7 @@ def finish_epoch(
 ) -> None:
     """Log an epoch, keep its weights, as the best where they are, and set the next learning rate."""
     config = run.config
-    at_half = dice[:, :, np.argmin(abs(THRESHOLDS - 0.5))].mean(0)  # (R,)
+    at_half = dice[:, :, AT_HALF].mean(0)  # (R,)
     rate = state.optimizer.param_groups[0]["lr"]  # of the epoch that ends
     is_best_gone = ranks.from_main(state.best_epoch > 0 and not (run.folder / "best.pt").exists())
     is_better = config.keep == "last" or float(at_half.mean()) > state.best_dice or is_best_gone
