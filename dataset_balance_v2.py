@@ -189,8 +189,7 @@ class SlabDataset(Dataset):
         self.rows = table[["case", "z"]].to_numpy()
         self.context = context
         self.size = size
-        modalities = len(self.cases[0].background)
-        self.augmentation = build_augmentation(modalities, 2 * context + 1) if augment else None
+        self.augmentation = build_augmentation() if augment else None
         self.modality_dropout = modality_dropout
 
     def __len__(self) -> int:

@@ -6,7 +6,6 @@ has none or is several times slower; `benchmarks/feeding.py` times each.
 
 import os
 import random
-from collections.abc import Callable
 from typing import Any
 
 import albumentations as A
@@ -21,7 +20,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 # the distance of the points at which it is drawn.
 ELASTIC_SHIFT, ELASTIC_SMOOTH, ELASTIC_STEP = 0.42, 9.0, 4
 TUMOUR_EDGE = 2  # pixels (SD) over which a change of a tumour's contrast fades out
-INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
 BIAS_GRID = 4  # random values across a slice from which a bias field is interpolated
 
 
@@ -98,14 +96,10 @@ def draw_affine(height: int, width: int, generator: np.random.Generator) -> np.n
 
 def warp_channels(image: np.ndarray, source: tuple[np.ndarray, np.ndarray], interpolation: int) -> np.ndarray:
     """Return (H, W, C) resampled at the source columns and rows, the edge repeated beyond it."""
-    return in_fours(
-        image, lambda group: cv2.remap(group, *source, interpolation, borderMode=cv2.BORDER_REPLICATE)
-    )
-
-
-def in_fours(image: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Return (H, W, C) changed in groups of four channels, the most that OpenCV takes."""
-    groups = [change(image[..., first : first + 4]) for first in range(0, image.shape[2], 4)]
+    groups = [  # OpenCV takes at most four channels
+        cv2.remap(image[..., first : first + 4], *source, interpolation, borderMode=cv2.BORDER_REPLICATE)
+        for first in range(0, image.shape[2], 4)
+    ]
     return np.concatenate([group.reshape(*group.shape[:2], -1) for group in groups], axis=2)
 
 
@@ -192,36 +186,6 @@ class TumourContrast(A.ImageOnlyTransform):
         return out
 
 
-class LowResolution(A.ImageOnlyTransform):
-    """Makes slices coarser along one axis or both by a factor within `factors`, and interpolates them again.
-
-    A scan taken in another plane, or in thick slices, is that coarse along one axis of ours once it is
-    resampled: sagittal FLAIR of 5 mm in BraTS, for one. What is interpolated is nearest, linear or cubic.
-    """
-
-    def __init__(self, factors: tuple[float, float], p: float) -> None:
-        super().__init__(p=p)
-        self.factors = factors
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Return the coarse (H, W) and how it is interpolated."""
-        generator = self.random_generator
-        factor, axes = generator.uniform(*self.factors), generator.integers(3)
-        coarse = [max(1, round(side / factor)) for side in params["shape"][:2]]
-        kept = [
-            coarse[0] if axes != 1 else params["shape"][0],
-            coarse[1] if axes != 0 else params["shape"][1],
-        ]
-        return {"coarse": tuple(kept), "interpolation": INTERPOLATIONS[generator.integers(3)]}
-
-    def apply(self, img: np.ndarray, coarse: tuple[int, int], interpolation: int, **_: Any) -> np.ndarray:
-        """Return the image (H, W, C) float32 as a coarse scan shows it, in 0..1."""
-        height, width = img.shape[:2]
-        small = in_fours(img, lambda group: cv2.resize(group, coarse[::-1], interpolation=cv2.INTER_AREA))
-        large = in_fours(small, lambda group: cv2.resize(group, (width, height), interpolation=interpolation))
-        return np.clip(large, 0, 1)
-
-
 def fade_out(mask: np.ndarray) -> np.ndarray:
     """Return a mask (H, W) uint8 as float32 shares, 0..1, whose border is smooth."""
     return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), TUMOUR_EDGE)
@@ -236,12 +200,10 @@ def seed_transforms(transforms: A.Compose, seed: int) -> None:
     transforms.set_random_state(np.random.default_rng(seed), random.Random(seed))
 
 
-def build_augmentation(modalities: int = 1, slices: int = 3) -> A.Compose:
+def build_augmentation() -> A.Compose:
     """Return the training transforms, for float32 slabs (H, W, C*K) in 0..1 and uint8 masks (H, W, R).
 
-    `modalities` is C, `slices` K. All slices of a slab get the same geometry; resolution, contrast and blur
-    are drawn for each modality anew, as each is a scan of its own, and are the same for its slices. Only
-    noise differs from slice to slice.
+    All slices of a slab get the same geometry and the same contrast; only noise differs from slice to slice.
     """
     return A.Compose(
         [
@@ -251,20 +213,9 @@ def build_augmentation(modalities: int = 1, slices: int = 3) -> A.Compose:
             TumourContrast(limits=(-0.3, 1.2), p=0.35),
             TumourContrast(limits=(1.2, 3.0), p=0.2),
             BiasField(strength=0.35, p=0.4),
-            *(
-                A.SelectiveChannelTransform(scan_transforms(), range(first, first + slices), p=1.0)
-                for first in range(0, modalities * slices, slices)
-            ),
+            A.RandomBrightnessContrast(brightness_limit=0.08, contrast_limit=0.25, p=0.5),
+            A.RandomGamma(gamma_limit=(70, 150), p=0.3),
+            A.GaussianBlur(blur_limit=0, sigma_limit=(0.4, 1.2), p=0.15),
             A.GaussNoise(std_range=(0.005, 0.03), p=0.2),
         ]
     )
-
-
-def scan_transforms() -> list[A.ImageOnlyTransform]:
-    """Return the transforms by which the scans of one modality differ from scanner to scanner."""
-    return [
-        LowResolution(factors=(1.5, 5.0), p=0.25),
-        A.RandomBrightnessContrast(brightness_limit=0.08, contrast_limit=0.25, p=0.5),
-        A.RandomGamma(gamma_limit=(70, 150), p=0.3),
-        A.GaussianBlur(blur_limit=0, sigma_limit=(0.4, 1.2), p=0.15),
-    ]

@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import ndimage
 
 import dataset_balance_v2
-from cohort.augmentation import BiasField, LowResolution, TumourContrast
+from cohort.augmentation import BiasField, TumourContrast
 from cohort.cache import PreparedCase, open_entry, write_entry
 from cohort.cases import Case
 from cohort.layouts import CaseSource
@@ -260,9 +260,6 @@ def test_augmentation_moves_all_slices_and_the_target_alike(patterned):
     for transform in dataset.augmentation.transforms:
         if isinstance(transform, BiasField | TumourContrast):
             transform.p = 0  # the pattern is the tumour, and would go with its contrast or fade in the field
-        for of_scan in getattr(transform, "transforms", ()):
-            if isinstance(of_scan, LowResolution):
-                of_scan.p = 0  # its edges are as wide as its pixels
     plain = fit_slices(patterned.reference[0, 2], place_slices(60, 50, 64), is_mask=True)
     moved = 0
     for seed in range(60):
