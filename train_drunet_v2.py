@@ -59,6 +59,7 @@ from runtime.tables import write_table
 from training.epoch_end import describe_kept, finish_epoch, has_stalled, stop_run
 from training.resume import settings_of_resumed, share_batch
 from training.run import Run, how_to_resume, remedy_of
+from training.schedule import follow_cosine
 from training.start import (
     choose_threads,
     draw_first_batch,
@@ -151,7 +152,8 @@ class TrainConfig:
     drop_by: Positive = 0.75
     """share of the epochs or minutes after which the rate is --min-learning-rate; above 1 never"""
     schedule: Literal["plateau", "cosine"] = "plateau"
-    """cosine: the rate falls to --min-learning-rate along a cosine of that share, whatever validation says"""
+    """cosine: the rate falls to --min-learning-rate along a cosine of that share, from step to step, whatever
+    validation says"""
     weight_decay: NotNegative = 1e-2
     """AdamW weight decay"""
     clip_norm: Positive = 5.0
@@ -288,6 +290,8 @@ def train_one_epoch(
             state.scaler.scale(loss / config.accumulate).backward()
         totals = totals + count_step(loss, logits, target)
         if is_update_step:
+            if config.schedule == "cosine":
+                follow_cosine(config, state, clock, index / len(loader))
             totals = guard.judge(update_weights(config, state, warmup_steps), totals, index)
         place.steps = index + 1
         is_last = clock.is_out()

@@ -194,7 +194,7 @@ def settings_of(cohort: Path, name: str) -> train.TrainConfig:
         slabs_per_epoch=44,  # 11 steps, of which the last fills no optimiser step
         learning_rate=1e-2,
         ema=0.9,
-        drop_by=9,
+        schedule="cosine",
         device="cpu",
         amp=False,
         workers=0,

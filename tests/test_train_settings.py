@@ -21,7 +21,7 @@ from train_drunet_v2 import (
     TrainConfig,
     choose_settings,
 )
-from training.epoch_end import drop_rate_where_due
+from training.schedule import follow_cosine
 from training.start import place_run
 
 
@@ -84,18 +84,20 @@ def test_a_cosine_falls_along_the_share_of_epochs_or_minutes() -> None:
         schedule="cosine", epochs=10, drop_by=1.0, learning_rate=1.0, min_learning_rate=0.2, max_minutes=9.0
     )
     state = start_state(nn.Conv2d(1, 1, 1), Recipe(1.0, 0.2, 0, 0.0, 0.0, None))
-    for epoch, used, expected in (
-        (5, 0.0, 0.6),  # half of the epochs
-        (5, 0.75, 0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2),  # three quarters of the minutes
-        (10, 0.1, 0.2),
-    ):
+
+    def rate(settings: TrainConfig, epoch: int, share_of_epoch: float, used: float) -> float:
         state.epoch = epoch
-        drop_rate_where_due(config, state, SimpleNamespace(fraction_used=lambda used=used: used), 0.5)
-        assert state.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-    early = dataclasses.replace(config, drop_by=0.5)
-    state.epoch = 5
-    drop_rate_where_due(early, state, SimpleNamespace(fraction_used=lambda: 0.0), 0.5)
-    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+        follow_cosine(settings, state, SimpleNamespace(fraction_used=lambda: used), share_of_epoch)
+        return state.optimizer.param_groups[0]["lr"]
+
+    three_quarters = 0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2
+    assert rate(config, 0, 0.0, 0.0) == pytest.approx(1.0)
+    assert rate(config, 5, 0.0, 0.0) == pytest.approx(0.6)  # half of the epochs
+    assert rate(config, 7, 0.5, 0.0) == pytest.approx(three_quarters)
+    assert rate(config, 5, 0.0, 0.75) == pytest.approx(three_quarters)  # of the minutes
+    assert rate(config, 10, 0.0, 0.1) == pytest.approx(0.2)
+    assert rate(dataclasses.replace(config, drop_by=0.5), 5, 0.0, 0.0) == pytest.approx(0.2)
+    assert rate(dataclasses.replace(config, rate_since=5), 7, 0.5, 0.0) == pytest.approx(0.6)
 
 
 def test_another_runs_settings_are_the_defaults_of_a_new_run(saved: TrainConfig) -> None:

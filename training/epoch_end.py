@@ -1,6 +1,5 @@
-"""What follows validation: the log, the weights kept, the next learning rate, and whether the run goes on."""
+"""What follows validation: the log, the weights kept, and whether the run goes on."""
 
-import math
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,6 +12,7 @@ from runtime.log import log
 from runtime.place import Place
 from runtime.state import Clock, TrainState
 from training.run import Run, how_to_resume
+from training.schedule import drop_rate_where_due
 from utils_v2 import AT_HALF, THRESHOLDS, choose_thresholds
 
 
@@ -27,7 +27,8 @@ def finish_epoch(
     is_better = config.keep == "last" or float(at_half.mean()) > state.best_dice or is_best_gone
     if is_better:
         state.best_dice, state.best_epoch = float(at_half.mean()), state.epoch
-    drop_rate_where_due(config, state, clock, float(at_half.mean()))
+    if config.schedule == "plateau":
+        drop_rate_where_due(config, state, clock, float(at_half.mean()))
     peak_gb = machine.peak_memory_gb(run.device)
     if ranks.is_main():
         row = {"epoch": state.epoch, "minutes": round(state.minutes, 2), "learning_rate": rate, **figures}
@@ -70,22 +71,6 @@ def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
         "validation_dice": state.best_dice,
     }
     checkpoints.save_checkpoint(run.folder / "best.pt", content | run.facts)
-
-
-def drop_rate_where_due(config: Any, state: TrainState, clock: Clock, validation_dice: float) -> None:
-    """Drop the learning rate where validation Dice stands still, or where it is time in any case."""
-    done = (state.epoch - config.rate_since) / (config.epochs - config.rate_since)
-    done = max(clock.fraction_used(), done)
-    if config.schedule == "cosine":
-        share = min(done / config.drop_by, 1.0)
-        above = (config.learning_rate - config.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
-        for group in state.optimizer.param_groups:
-            group["lr"] = config.min_learning_rate + above
-        return
-    state.scheduler.step(validation_dice)
-    if done >= config.drop_by:
-        for group in state.optimizer.param_groups:
-            group["lr"] = min(group["lr"], config.min_learning_rate)
 
 
 def has_stalled(config: Any, state: TrainState) -> bool:
