@@ -411,6 +411,8 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     is_ours = ~table["network"].str.startswith(("MONAI", "nnU-Net", "smp"))
     colours = np.where(is_ours, "#0072b2", "#d55e00")
+    least = table["GFLOP"].min()
+    width = max(np.log(table["GFLOP"].max() / least), 0.1)  # of the axis, which is logarithmic
     for axis, place in zip(axes, ("home", "abroad"), strict=True):
         dice = table[f"{place} tta"].str.split().str[0].astype(float)
         axis.scatter(table["GFLOP"], dice, s=26, color=colours)
@@ -418,15 +420,18 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
         height, labelled = dice.max() - dice.min() or 1, []
         for number in dice.sort_values().index:
             x, y = table["GFLOP"][number], dice[number]
-            near = [at for other, at in labelled if abs(np.log(other / x)) < 0.12]
+            near = [at for other, at in labelled if abs(np.log(other / x)) < 0.08 * width]
             y = max([y, *(at + 0.03 * height for at in near)])
             labelled.append((x, y))
             style = {"fontsize": 7, "color": colours[number], "va": "center"}
             line = {"arrowstyle": "-", "color": colours[number], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
-            axis.annotate(str(number + 1), (x, dice[number]), (x * 1.06, y), arrowprops=line, **style)
+            axis.annotate(
+                str(number + 1), (x, dice[number]), (x * np.exp(0.03 * width), y), arrowprops=line, **style
+            )
         axis.set_xscale("log")
-        axis.set_xlim(0.93 * table["GFLOP"].min(), 1.15 * table["GFLOP"].max())
-        axis.set_xticks(ticks := np.unique(table["GFLOP"].round(1)), [f"{tick:g}" for tick in ticks])
+        axis.set_xlim(least * np.exp(-0.05 * width), least * np.exp(1.1 * width))
+        ticks = np.geomspace(least, least * np.exp(width), 5).round(2)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set_xlabel("GFLOP per slab")
         axis.set_ylabel(f"{region} Dice per case with TTA, mean over {table[f'n {place}'].iloc[0]} cases")
