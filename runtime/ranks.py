@@ -134,12 +134,16 @@ def sum_counts(counts: Tensor) -> Tensor:
 
 
 def agree_to_stop() -> bool:
-    """Return whether any rank got a signal to stop; all must ask together."""
-    if world_size() > 1:
-        number = torch.tensor(signals.number())
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        signals.stop_for(int(number))
-    return signals.is_stopping()
+    """Return whether any rank got a signal to stop; all must ask together.
+
+    One that comes while they ask counts the next time: this rank would stop and the others go on.
+    """
+    if world_size() == 1:
+        return signals.is_stopping()
+    number = torch.tensor(signals.number())
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    signals.stop_for(int(number))
+    return int(number) > 0
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import train_drunet_v2 as train
 from audit import overlays, plots
 from cohort.selection import TrainingSource
 from inference_v2 import InferenceConfig
-from runtime import claims, cpu_threads, signals
+from runtime import claims, cpu_threads, ranks, signals
 from runtime.checkpoints import load_checkpoint
 from runtime.place import restore_place
 from runtime.state import Recipe, start_state
@@ -162,6 +162,18 @@ def test_ranks_stop_at_one_step_with_one_message(script):
     ends = [line for line in lines if "stopped by SIGTERM" in line]
     assert len(ends) == 1
     assert 'made_up.py", line' not in stderr  # no traceback but torchrun's own
+
+
+def test_a_signal_that_comes_while_ranks_ask_counts_the_next_time(monkeypatch):
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda *_: signals.stop_for(signal.SIGTERM))
+    signals.catch_signals(begin=True)
+    try:
+        assert not ranks.agree_to_stop()  # the other rank has been told that there was none
+        assert signals.is_stopping()
+        assert ranks.agree_to_stop()
+    finally:
+        signals.release_signals()
 
 
 # ------------------------------------------------------------------------------------------------------------
