@@ -14,11 +14,10 @@ the rows.
 
 import copy
 import dataclasses
-import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from audit.statistics import compare_paired, format_spread, summarise
-from benchmarks.common import RESULTS, print_table
+from benchmarks.common import RESULTS
+from benchmarks.comparison_tables import PLACES, show_tables
 from benchmarks.networks import ENTRIES, Entry, build_row
 from benchmarks.stripping import build_stripping
 from cohort.cache import PreparedCase, prepare_cases
@@ -51,7 +50,7 @@ from inference_v2 import TrainedModel, predict_views
 from model_drunet_v2 import DRUNetV2, count_flops, count_parameters, measure_activation_bytes, prepare_network
 from runtime.command import run_command
 from runtime.errors import InputError
-from runtime.files import write_atomically, write_json
+from runtime.files import write_json
 from runtime.log import log
 from runtime.machine import amp_dtype, choose_device, describe_machine, describe_versions, set_seed
 from runtime.state import average_weights
@@ -60,7 +59,6 @@ from utils_v2 import AT_HALF, Overlap, choose_thresholds, overlap_at_thresholds
 
 WARMUP_SHARE = 0.03  # of the budget, over which the learning rate rises
 LAST_RATE = 0.01  # of the learning rate, where a cosine ends
-REFERENCE = "ours, no SE"  # what the other rows are compared with
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class RingConfig:
     data_dir: tuple[str, ...] = ("data/lgg",)
     """cohort that is trained on"""
     external_dir: tuple[str, ...] = ("data/brats18", "data/brats21")
-    """cohort that is tested on alone; cases that are in both, by id or content, are left out of it"""
+    """cohort that is tested on alone, if any; of cases in both, by id or content, it loses its own"""
     leave_out: tuple[str, ...] = ("Brats18_TCIA13_623_1", "TCGA_HT_7473_19970826")
     """further cases left out of it: one patient of the defaults, whom only the organisers' sheet joins"""
     modalities: Modalities = ("flair",)
@@ -135,7 +133,7 @@ def prepare_folders(config: RingConfig, folders: Sequence[str]) -> list[Prepared
 def prepare_cohorts(config: RingConfig) -> dict[int, Cohorts]:
     """Return the cases of each fold that is asked for."""
     home = prepare_folders(config, config.data_dir)
-    abroad = prepare_folders(config, config.external_dir)
+    abroad = prepare_folders(config, config.external_dir) if config.external_dir else []
     known = find_held_out([identify_case(case) for case in abroad], [identify_case(case) for case in home])
     for row in known.itertuples():
         log.info("left out abroad: %s, %s as %s", row.case, row.evidence, row.known_as)
@@ -319,9 +317,10 @@ def run_row(config: RingConfig, name: str, fold: int, seed: int, cohorts: Cohort
     row |= {"settings": dataclasses.asdict(config), "hardware": describe_machine(model.device)}
     row |= {"threads": torch.get_num_threads(), "versions": describe_versions()}
     write_json(row_path(config, name, fold, seed), row)
-    for place in ("home", "abroad"):
-        table = pd.DataFrame(row[place])
-        log.info("  %s: %s", place, table.groupby("mode")["dice"].mean().round(3).to_dict())
+    for place in PLACES:
+        if row[place]:
+            table = pd.DataFrame(row[place])
+            log.info("  %s: %s", place, table.groupby(["region", "mode"])["dice"].mean().round(3).to_dict())
 
 
 def folder_of(config: RingConfig) -> Path:
@@ -334,129 +333,6 @@ def row_path(config: RingConfig, name: str, fold: int, seed: int) -> Path:
     """Return the file of a row."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     return folder_of(config) / f"{plain}_fold{fold}_seed{seed}.json"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tables and plots
-# ------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(config: RingConfig) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows that are there, by entry, in the order of ENTRIES."""
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ENTRIES}
-    for path in sorted(folder_of(config).glob("*_fold*_seed*.json")):
-        row = json.loads(path.read_text())
-        rows.setdefault(row["entry"], []).append(row)
-    return {name: found for name, found in rows.items() if found}
-
-
-def dice_of(rows: Sequence[dict[str, Any]], place: str, mode: str) -> pd.DataFrame:
-    """Return Dice per case and region, the mean over folds and seeds that tested it, with its patient."""
-    table = pd.concat([pd.DataFrame(row[place]) for row in rows])
-    table = table[table["mode"] == mode]
-    return table.groupby(["case", "patient", "region"], as_index=False)["dice"].mean()
-
-
-def shared_rows(
-    one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of both whose fold and seed both have."""
-
-    def key(row: dict[str, Any]) -> tuple[int, int]:
-        return row["fold"], row["seed"]
-
-    both = {key(row) for row in one} & {key(row) for row in other}
-    return [row for row in one if key(row) in both], [row for row in other if key(row) in both]
-
-
-def describe(summary: dict[str, Any], style: str) -> str:
-    """Return mean, and interval or range, as text."""
-    return f"{summary['mean']:{style}} ({format_spread(summary, '{:' + style + '}')})"
-
-
-def tabulate(rows: dict[str, list[dict[str, Any]]], region: str) -> Iterator[dict[str, Any]]:
-    """Yield a line per entry: Dice at home and abroad, the paired difference to the reference, cost."""
-    for name, own in rows.items():
-        line: dict[str, Any] = {"network": name, "runs": len(own)}
-        for place in ("home", "abroad"):
-            for mode in ("plain", "tta"):
-                dice = dice_of(own, place, mode)
-                dice = dice[dice["region"] == region]
-                line[f"{place} {mode}"] = describe(summarise(dice["dice"], dice["patient"]), ".3f")
-                line[f"n {place}"] = len(dice)
-            if name != REFERENCE and REFERENCE in rows:
-                ours, theirs = shared_rows(own, rows[REFERENCE])
-                if not ours:
-                    continue
-                keys = ["case", "patient", "region"]
-                paired = dice_of(ours, place, "tta").merge(dice_of(theirs, place, "tta"), on=keys)
-                paired = paired[paired["region"] == region]
-                change = compare_paired(paired["dice_x"], paired["dice_y"], paired["patient"])
-                line[f"{place} minus reference"] = describe(change, "+.3f")
-                line[f"{place} p"] = round(change["p_sign_flip"], 4)
-        slabs, seconds = (sum(row[key] for row in own) for key in ("slabs", "seconds"))
-        line |= {"slabs": slabs // len(own), "slabs/s": round(slabs / seconds, 1)}
-        line |= {"M parameters": round(own[0]["parameters"] / 1e6, 2), "GFLOP": round(own[0]["gflop"], 2)}
-        line |= {"activations GB": round(own[0]["activation_gb"], 2)}
-        yield line
-
-
-def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
-    """Draw Dice at home and abroad against GFLOP per slab."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    is_ours = ~table["network"].str.startswith(("MONAI", "nnU-Net", "smp"))
-    colours = np.where(is_ours, "#0072b2", "#d55e00")
-    least = table["GFLOP"].min()
-    width = max(np.log(table["GFLOP"].max() / least), 0.1)  # of the axis, which is logarithmic
-    for axis, place in zip(axes, ("home", "abroad"), strict=True):
-        dice = table[f"{place} tta"].str.split().str[0].astype(float)
-        axis.scatter(table["GFLOP"], dice, s=26, color=colours)
-        # rows of equal cost would print their names over one another: the dots carry numbers, pushed apart
-        height, labelled = dice.max() - dice.min() or 1, []
-        for number in dice.sort_values().index:
-            x, y = table["GFLOP"][number], dice[number]
-            near = [at for other, at in labelled if abs(np.log(other / x)) < 0.08 * width]
-            y = max([y, *(at + 0.03 * height for at in near)])
-            labelled.append((x, y))
-            style = {"fontsize": 7, "color": colours[number], "va": "center"}
-            line = {"arrowstyle": "-", "color": colours[number], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
-            axis.annotate(
-                str(number + 1), (x, dice[number]), (x * np.exp(0.03 * width), y), arrowprops=line, **style
-            )
-        axis.set_xscale("log")
-        axis.set_xlim(least * np.exp(-0.05 * width), least * np.exp(1.1 * width))
-        ticks = np.geomspace(least, least * np.exp(width), 5).round(2)
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel("GFLOP per slab")
-        axis.set_ylabel(f"{region} Dice per case with TTA, mean over {table[f'n {place}'].iloc[0]} cases")
-        axis.set_title(place)
-        axis.grid(alpha=0.3)
-    names = [f"{number + 1}  {name}" for number, name in enumerate(table["network"])]
-    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours]
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
-    write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=130))
-    pyplot.close(figure)
-
-
-def show_tables(config: RingConfig) -> None:
-    """Print and write the table of each region, and draw it."""
-    rows = read_rows(config)
-    if not rows:
-        raise InputError(folder_of(config), "no row is there", "name some by --entries")
-    for region in config.regions:
-        table = pd.DataFrame(list(tabulate(rows, region)))
-        print_table(table.to_dict("records"))
-        folder = folder_of(config)
-        write_atomically(
-            folder / f"table_{region}.csv", lambda target, t=table: t.to_csv(target, index=False)
-        )
-        plot_cost(folder / f"cost_{region}.png", table, region)
 
 
 def main(config: RingConfig) -> None:
@@ -474,7 +350,7 @@ def main(config: RingConfig) -> None:
     for name, fold, seed in wanted:
         run_row(config, name, fold, seed, cohorts[fold])
     if config.table:
-        show_tables(config)
+        show_tables(folder_of(config), tuple(ENTRIES), config.regions)
 
 
 if __name__ == "__main__":

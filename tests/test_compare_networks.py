@@ -5,13 +5,16 @@ import json
 import math
 from pathlib import Path
 
+import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import compare_networks
-from benchmarks.compare_networks import RingConfig, main, row_path, scheduled_rate, tabulate
+from benchmarks.compare_networks import RingConfig, main, row_path, scheduled_rate
+from benchmarks.comparison_tables import plot_cost, read_rows, tabulate
 from benchmarks.networks import (
     ENTRIES,
     BCEDice,
@@ -133,6 +136,27 @@ def test_rows_are_trained_tested_and_not_run_again(
     assert stamps == [path.stat().st_mtime_ns for path in paths]
 
 
+def test_a_ring_without_another_cohort_runs(
+    phantom_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_networks, "RESULTS", tmp_path)
+    main(
+        config := RingConfig(
+            entries=("ours, no SE",),
+            data_dir=(str(phantom_cohort),),
+            external_dir=(),
+            cache_dir=str(tmp_path / "cache"),
+            slabs=16,
+            validations=1,
+            widths=(4, 8),
+            device="cpu",
+        )
+    )
+    row = json.loads(row_path(config, "ours, no SE", 0, 0).read_text())
+    assert row["home"]
+    assert row["abroad"] == []
+
+
 def test_an_unknown_row_is_named(input_error: object) -> None:
     with input_error("--entries 'theirs'", "MONAI AttentionUnet"):
         main(RingConfig(entries=("theirs",)))
@@ -159,13 +183,33 @@ def test_differences_are_paired_over_the_folds_that_both_have() -> None:
     assert (second["slabs/s"], second["M parameters"]) == (5.0, 2.0)
 
 
+def test_the_difference_of_each_run_stands_beside_the_interval() -> None:
+    ours = [make_row("ours, no SE", 0, {"a": 0.5, "b": 0.7}) | {"seed": seed} for seed in (0, 1)]
+    theirs = [make_row("MONAI SegResNet", 0, {"a": 0.4, "b": 0.6}) | {"seed": 1}]
+    theirs.append(make_row("MONAI SegResNet", 0, {"a": 0.5, "b": 1.0}) | {"seed": 0})
+    _, line = tabulate({"ours, no SE": ours, "MONAI SegResNet": theirs}, "WT")
+    assert line["home, each run"] == "-0.100 +0.150"
+    assert line["home minus reference"].startswith("+0.025")
+    _, line = tabulate({"ours, no SE": ours, "MONAI SegResNet": theirs[:1]}, "WT")
+    assert "home, each run" not in line
+
+
+def test_a_ring_without_another_cohort_has_a_table_and_a_plot_of_home_alone(tmp_path: Path) -> None:
+    rows = {name: [make_row(name, 0, {"a": 0.5}, abroad=[])] for name in ("ours, no SE", "MONAI SegResNet")}
+    table = pd.DataFrame(list(tabulate(rows, "WT")))
+    assert "home tta" in table
+    assert not [column for column in table if "abroad" in column]
+    plot_cost(tmp_path / "cost.png", table, "WT")
+    assert cv2.imread(str(tmp_path / "cost.png")).shape[1] < 130 * 13  # one panel, and the names
+
+
 def test_seeds_of_one_fold_are_averaged_per_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_networks, "RESULTS", tmp_path)
     config = RingConfig()
     for seed, dice in ((0, 0.4), (1, 0.6)):
         row = make_row("ours, no SE", 0, {"a": dice, "b": 0.9}) | {"seed": seed}
         write_json(row_path(config, "ours, no SE", 0, seed), row)
-    (line,) = tabulate(compare_networks.read_rows(config), "WT")
+    (line,) = tabulate(read_rows(compare_networks.folder_of(config), ()), "WT")
     assert line["n home"] == 2  # cases, not runs
     assert float(line["home tta"].split()[0]) == pytest.approx(np.mean([0.5, 0.9]), abs=1e-3)
 

@@ -1,0 +1,155 @@
+"""The tables and plots of `compare_networks`: what its rows say, side by side."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from audit.statistics import compare_paired, format_spread, summarise
+from benchmarks.common import print_table
+from runtime.errors import InputError
+from runtime.files import write_atomically
+
+REFERENCE = "ours, no SE"  # what the other rows are compared with
+PLACES = ("home", "abroad")
+
+
+def read_rows(folder: Path, entries: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows that are in a folder, by entry, in the order of `entries`."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
+    for path in sorted(folder.glob("*_fold*_seed*.json")):
+        row = json.loads(path.read_text())
+        rows.setdefault(row["entry"], []).append(row)
+    return {name: found for name, found in rows.items() if found}
+
+
+def dice_of(rows: Sequence[dict[str, Any]], place: str, mode: str) -> pd.DataFrame:
+    """Return Dice per case and region, the mean over folds and seeds that tested it, with its patient."""
+    table = pd.concat([pd.DataFrame(row[place]) for row in rows])
+    table = table[table["mode"] == mode]
+    return table.groupby(["case", "patient", "region"], as_index=False)["dice"].mean()
+
+
+def run_of(row: dict[str, Any]) -> tuple[int, int]:
+    """Return what tells one run of an entry from another: fold and seed."""
+    return row["fold"], row["seed"]
+
+
+def shared_rows(
+    one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of both whose fold and seed both have."""
+    both = {run_of(row) for row in one} & {run_of(row) for row in other}
+    return [row for row in one if run_of(row) in both], [row for row in other if run_of(row) in both]
+
+
+def describe(summary: dict[str, Any], style: str) -> str:
+    """Return mean, and interval or range, as text."""
+    return f"{summary['mean']:{style}} ({format_spread(summary, '{:' + style + '}')})"
+
+
+def describe_runs(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], place: str, region: str
+) -> str:
+    """Return the difference of the mean Dice with TTA of each run as text, in the order of `ours`."""
+    partner = {run_of(row): row for row in theirs}
+    changes = []
+    for row in ours:
+        means = [
+            dice_of([each], place, "tta").groupby("region")["dice"].mean()
+            for each in (row, partner[run_of(row)])
+        ]
+        changes.append(f"{means[0][region] - means[1][region]:+.3f}")
+    return " ".join(changes)
+
+
+def tabulate(rows: dict[str, list[dict[str, Any]]], region: str) -> Iterator[dict[str, Any]]:
+    """Yield a line per entry: Dice at home and abroad, the paired difference to the reference, cost."""
+    for name, own in rows.items():
+        line: dict[str, Any] = {"network": name, "runs": len(own)}
+        for place in PLACES:
+            if not any(row[place] for row in own):  # no other cohort was tested
+                continue
+            for mode in ("plain", "tta"):
+                dice = dice_of(own, place, mode)
+                dice = dice[dice["region"] == region]
+                line[f"{place} {mode}"] = describe(summarise(dice["dice"], dice["patient"]), ".3f")
+                line[f"n {place}"] = len(dice)
+            if name != REFERENCE and REFERENCE in rows:
+                ours, theirs = shared_rows(own, rows[REFERENCE])
+                if not ours:
+                    continue
+                keys = ["case", "patient", "region"]
+                paired = dice_of(ours, place, "tta").merge(dice_of(theirs, place, "tta"), on=keys)
+                paired = paired[paired["region"] == region]
+                change = compare_paired(paired["dice_x"], paired["dice_y"], paired["patient"])
+                line[f"{place} minus reference"] = describe(change, "+.3f")
+                line[f"{place} p"] = round(change["p_sign_flip"], 4)
+                if len(ours) > 1:  # the interval is over patients: what another seed does stands beside it
+                    line[f"{place}, each run"] = describe_runs(ours, theirs, place, region)
+        slabs, seconds = (sum(row[key] for row in own) for key in ("slabs", "seconds"))
+        line |= {"slabs": slabs // len(own), "slabs/s": round(slabs / seconds, 1)}
+        line |= {"M parameters": round(own[0]["parameters"] / 1e6, 2), "GFLOP": round(own[0]["gflop"], 2)}
+        line |= {"activations GB": round(own[0]["activation_gb"], 2)}
+        yield line
+
+
+def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
+    """Draw Dice at home and abroad against GFLOP per slab."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    places = [place for place in PLACES if f"{place} tta" in table]
+    shape = {"figsize": (2 + 5.5 * len(places), 5.5), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(1, len(places), **shape)
+    is_ours = ~table["network"].str.startswith(("MONAI", "nnU-Net", "smp"))
+    colours = np.where(is_ours, "#0072b2", "#d55e00")
+    least = table["GFLOP"].min()
+    width = max(np.log(table["GFLOP"].max() / least), 0.1)  # of the axis, which is logarithmic
+    for axis, place in zip(axes[0], places, strict=True):
+        dice = table[f"{place} tta"].str.split().str[0].astype(float)
+        axis.scatter(table["GFLOP"], dice, s=26, color=colours)
+        # rows of equal cost would print their names over one another: the dots carry numbers, pushed apart
+        height, labelled = dice.max() - dice.min() or 1, []
+        for number in dice.sort_values().index:
+            x, y = table["GFLOP"][number], dice[number]
+            near = [at for other, at in labelled if abs(np.log(other / x)) < 0.08 * width]
+            y = max([y, *(at + 0.03 * height for at in near)])
+            labelled.append((x, y))
+            style = {"fontsize": 7, "color": colours[number], "va": "center"}
+            line = {"arrowstyle": "-", "color": colours[number], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
+            axis.annotate(
+                str(number + 1), (x, dice[number]), (x * np.exp(0.03 * width), y), arrowprops=line, **style
+            )
+        axis.set_xscale("log")
+        axis.set_xlim(least * np.exp(-0.05 * width), least * np.exp(1.1 * width))
+        ticks = np.geomspace(least, least * np.exp(width), 5).round(2)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("GFLOP per slab")
+        axis.set_ylabel(f"{region} Dice per case with TTA, mean over {table[f'n {place}'].iloc[0]} cases")
+        axis.set_title(place)
+        axis.grid(alpha=0.3)
+    names = [f"{number + 1}  {name}" for number, name in enumerate(table["network"])]
+    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours]
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
+    write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=130))
+    pyplot.close(figure)
+
+
+def show_tables(folder: Path, entries: Sequence[str], regions: Sequence[str]) -> None:
+    """Print and write the table of each region, and draw it."""
+    rows = read_rows(folder, entries)
+    if not rows:
+        raise InputError(folder, "no row is there", "name some by --entries")
+    for region in regions:
+        table = pd.DataFrame(list(tabulate(rows, region)))
+        print_table(table.to_dict("records"))
+        path = folder / f"table_{region}.csv"
+        write_atomically(path, lambda target, table=table: table.to_csv(target, index=False))
+        plot_cost(folder / f"cost_{region}.png", table, region)
