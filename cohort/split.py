@@ -62,11 +62,16 @@ def split_folds(
 ) -> list[dict[str, Any]]:
     """Return one split per fold, by patient; over all folds each patient is a test patient once.
 
-    Patients are sorted, shuffled by the seed and dealt out in turn, so that the test parts differ by one
-    patient at most. In each fold a share of the other patients is validated on. InputError where a fold would
-    leave fewer than two patients to train and validate on.
+    Patients are sorted, shuffled by the seed and dealt out in turn, those of one cohort after those of
+    another, so that the test parts differ by one patient at most, in all and of each cohort. In each fold a
+    share of the other patients is validated on, of all cohorts as evenly as their number allows. A patient of
+    several cohorts counts for the first by name. InputError where a fold would leave fewer than two patients
+    to train and validate on.
     """
-    patients = sorted({case.patient_id for case in cases})
+    home: dict[str, str] = {}
+    for case in sorted(cases, key=lambda case: case.cohort):
+        home.setdefault(case.patient_id, case.cohort)
+    patients = sorted(home)
     if not 2 <= folds <= len(patients) or len(patients) - -(-len(patients) // folds) < 2:
         raise InputError(
             f"--folds {folds}",
@@ -74,9 +79,10 @@ def split_folds(
             "each fold needs one to test and two more",
         )
     order = [patients[index] for index in np.random.default_rng(seed).permutation(len(patients))]
+    order.sort(key=home.__getitem__)  # stable: a cohort's own order stays random
     splits = []
     for fold in range(folds):
-        rest = [patient for index, patient in enumerate(order) if index % folds != fold]
+        rest = mix_cohorts([patient for index, patient in enumerate(order) if index % folds != fold], home)
         count = max(1, min(round(validation_share * len(rest)), len(rest) - 1))
         # the next fold validates on others of the patients that both train on
         start = fold * len(rest) // folds
@@ -89,6 +95,17 @@ def split_folds(
         }
         splits.append({"seed": seed, "fold": fold, "folds": folds, **parts, "sha256": split_sha256(parts)})
     return splits
+
+
+def mix_cohorts(patients: Sequence[str], home: Mapping[str, str]) -> list[str]:
+    """Return patients so that any stretch of them has its share of each cohort, each in its own order."""
+    members: dict[str, list[str]] = {}
+    for patient in patients:
+        members.setdefault(home[patient], []).append(patient)
+    place = {
+        patient: (index + 0.5) / len(own) for own in members.values() for index, patient in enumerate(own)
+    }
+    return sorted(patients, key=place.__getitem__)
 
 
 def split_sha256(parts: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The split by patient: who goes where, and what a split file must hold."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -101,6 +102,44 @@ def test_folds_validate_on_different_patients(make_cases):
     validations = [set(split["validation"]) for split in splits]
     assert [len(part) for part in validations] == [4] * 5
     assert len(set.union(*validations)) > 8
+
+
+@given(
+    counts=st.lists(st.integers(2, 30), min_size=2, max_size=3),
+    folds=st.integers(2, 6),
+    seed=st.integers(0, 5),
+)
+def test_each_cohort_is_spread_over_the_folds(make_cases, counts, folds, seed):
+    cases = [
+        dataclasses.replace(case, cohort=cohort)
+        for cohort, count in zip("abc", counts, strict=False)
+        for case in make_cases([(f"{cohort}{number}", f"{cohort}{number}") for number in range(count)])
+    ]
+    folds = min(folds, len(cases))
+    if len(cases) - -(-len(cases) // folds) < 2:
+        return
+    splits = split_folds(cases, folds, seed, 0.2)
+    for cohort, count in zip("abc", counts, strict=False):
+        of_each = [sum(case_id[0] == cohort for case_id in split["test"]) for split in splits]
+        assert max(of_each) - min(of_each) <= 1
+        for split in splits:
+            rest = len(split["train"]) + len(split["validation"])
+            own = count - sum(case_id[0] == cohort for case_id in split["test"])
+            chosen = sum(case_id[0] == cohort for case_id in split["validation"])
+            assert abs(chosen - len(split["validation"]) * own / rest) <= 2
+
+
+def test_a_patient_of_two_cohorts_is_in_one_part_of_a_fold(make_cases):
+    cases = [
+        dataclasses.replace(case, cohort=cohort)
+        for cohort in "ab"
+        for case in make_cases([(f"{cohort}{number}", f"p{number}") for number in range(6)])
+    ]
+    for split in split_folds(cases, 3):
+        for part in SPLIT_PARTS:
+            assert {case_id[1] for case_id in split[part] if case_id[0] == "a"} == {
+                case_id[1] for case_id in split[part] if case_id[0] == "b"
+            }
 
 
 @pytest.mark.parametrize(("patients", "folds"), [(2, 2), (3, 2), (3, 4), (9, 1)])
