@@ -1,19 +1,20 @@
-"""What malloc costs a training step on a CPU: freed memory given back to the system, or kept.
+"""What malloc costs a training step on a CPU: freed memory given back to the system, or kept, in huge pages.
 
     python -m benchmarks.allocation                                        narrow network, 16 slabs
     python -m benchmarks.allocation --widths 64 128 256 512 1024 --batch-size 4
 
-Each round starts two processes, one with `runtime.machine.keep_freed_memory` and one without, as malloc's
-options hold for a process.
+Each round starts three processes, one without `runtime.machine.keep_freed_memory` and two with it, of which
+one is refused huge pages: such options hold for a process. Where the system has none, the two are the same.
 """
 
+import ctypes
 import json
 import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from model_drunet_v2 import DRUNetV2
 from runtime.command import parse
 from runtime.machine import amp_dtype, keep_freed_memory, set_seed
 
-CHILDREN = {"given back": "False", "kept": "True"}  # the value of --keep
+Way = Literal["given back", "kept", "kept in huge pages"]
+WAYS: tuple[Way, ...] = get_args(Way)
+PR_SET_THP_DISABLE = 41  # Linux, prctl.h: no huge pages for this process
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,16 @@ class AllocationConfig:
     """steps timed in each process, after two that are not"""
     repeats: int = 5
     """rounds"""
-    keep: bool | None = None
-    """measure once in this process; used inside"""
+    way: Way | None = None
+    """measure once in this process, what is freed treated so; used inside"""
 
 
 def measure_here(config: AllocationConfig) -> dict[str, float]:
     """Return slabs/s of training and of a forward pass, page faults a training step and peak memory."""
-    if config.keep:
+    if config.way != "given back":
         keep_freed_memory()
+    if config.way != "kept in huge pages":
+        ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     set_seed(0)
     dtype = amp_dtype(torch.device("cpu"), True)
     network = DRUNetV2(widths=config.widths).to(memory_format=torch.channels_last)
@@ -72,19 +77,17 @@ def measure_here(config: AllocationConfig) -> dict[str, float]:
     return figures | {"peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def measure_in_child(keep: str) -> dict[str, float]:
+def measure_in_child(way: Way) -> dict[str, float]:
     """Return what `measure_here` finds in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.allocation", *sys.argv[1:], "--keep", keep]
+    command = [sys.executable, "-m", "benchmarks.allocation", *sys.argv[1:], "--way", way]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def compare(config: AllocationConfig) -> list[dict[str, Any]]:
     """Return a row per way: medians of the figures, and the ratios of speed, median and extremes."""
-    rounds = [
-        {name: measure_in_child(keep) for name, keep in CHILDREN.items()} for _ in range(config.repeats)
-    ]
+    rounds = [{way: measure_in_child(way) for way in WAYS} for _ in range(config.repeats)]
     rows = []
-    for name in CHILDREN:
+    for name in WAYS:
         figures = [each[name] for each in rounds]
         row: dict[str, Any] = {"freed memory": name}
         row |= {key: float(np.median([each[key] for each in figures])) for key in figures[0]}
@@ -100,7 +103,7 @@ def compare(config: AllocationConfig) -> list[dict[str, Any]]:
 
 def main(config: AllocationConfig) -> None:
     """Print and write the comparison, or this process's figures."""
-    if config.keep is not None:
+    if config.way is not None:
         print(json.dumps(measure_here(config)))
         return
     rows = compare(config)

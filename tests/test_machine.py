@@ -157,3 +157,34 @@ else:
     first, later = fetched["command"]
     assert later < first / 10
     assert fetched["plain"][1] > 5 * fetched["plain"][0]  # without it each block is fetched anew
+
+
+def has_huge_pages() -> bool:
+    """Tell whether a process gets huge pages where it asks for them, and can be told so."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text() and Path("/proc/self/smaps").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+@pytest.mark.skipif(not has_huge_pages(), reason="the system has no huge pages")
+@pytest.mark.parametrize("limited", [False, True])
+def test_tensors_lie_in_huge_pages_unless_address_space_is_limited(limited: bool) -> None:
+    code = f"""
+import resource
+import torch
+from runtime.machine import keep_freed_memory
+if {limited}:
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
+keep_freed_memory()
+held = torch.ones(2**26)  # 256 MiB
+inside = asked = False
+for line in open("/proc/self/smaps"):
+    if "-" in line.split()[0]:
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        inside = first <= held.data_ptr() + 2**27 < last
+    if inside and line.startswith("VmFlags"):
+        asked = "hg" in line.split()
+print(asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == str(not limited)
