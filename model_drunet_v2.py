@@ -13,9 +13,8 @@ Run as a command it prints parameters, GFLOP per slab and activation memory:
     python model_drunet_v2.py --widths 64 128 256 512 1024
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -27,19 +26,18 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.checkpoint import checkpoint
 
 from runtime.command import Length, Side, Width, run_command
+from runtime.cost import count_flops, count_parameters, estimate_activation_bytes
 from runtime.errors import InputError
 from runtime.log import log
+from runtime.passes import add_weighted, channel_mean, fork, run_checkpointed
 
 WIDTHS = (64, 128, 256, 512, 1024)
 Widths = Annotated[tuple[Width, ...], Length(2, 8)]  # as a setting
 MOST_PARAMETERS = 10**9  # of 3 x 3 convolutions, about; those of WIDTHS have 2 % of it
-Shape = tuple[int, int, int, int]  # N, C*K, H, W
 SWITCHES = ("use_se", "use_attention", "dilated", "residual")  # parts that an ablation switches off
 SqueezeForm = Literal["slab", "head"]  # over what squeeze-and-excitation averages
 BRIGHT_FROM, BRIGHT_SLOPE = 1.0, 0.35  # z-score above which a slab is compressed, and by what factor
@@ -104,7 +102,7 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor, head: Tensor | None = None) -> Tensor:
         """Return the weights by which x is to be multiplied."""
-        mean = _ChannelMean.apply(x) if head is None else head_mean(x, head)  # (N, C, 1, 1)
+        mean = channel_mean(x) if head is None else head_mean(x, head)  # (N, C, 1, 1)
         hidden = F.relu(self.squeeze(mean))                                   # (N, C/16, 1, 1)
         return torch.sigmoid(self.excite(hidden))                             # (N, C, 1, 1)
 
@@ -291,120 +289,8 @@ def build_network(settings: Mapping[str, Any]) -> DRUNetV2:
 # fmt: on
 
 # ------------------------------------------------------------------------------------------------------------
-# Fast paths: the same numbers in less time or memory
+# Ready for inference
 # ------------------------------------------------------------------------------------------------------------
-
-
-class _ChannelMean(torch.autograd.Function):
-    """Mean over H and W, keeping them as 1; `sum` is several times as fast as `mean` on a CPU.
-
-    The gradient has the map's own memory layout. Autograd's own would be channels first, and adding that to
-    a gradient that is channels last takes 15 times as long.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        ctx.layout = layout_of(x)
-        if x.dtype == torch.float16:  # a sum could exceed its largest number, 65504
-            return x.mean((2, 3), keepdim=True)
-        mean = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
-        return mean.to(x.dtype)  # autocast on CUDA sums to float32; the map's gradient would be float32 too
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        share = gradient / (ctx.shape[2] * ctx.shape[3])
-        return share.expand(ctx.shape).contiguous(memory_format=ctx.layout)
-
-
-class _Fork(torch.autograd.Function):
-    """A map for several readers, whose gradients are summed into a new map.
-
-    Autograd sums in place, which in 16 bits on a CPU takes two to four times as long.
-    """
-
-    @staticmethod
-    def forward(_: FunctionCtx, x: Tensor, readers: int) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for _ in range(readers))
-
-    @staticmethod
-    @once_differentiable
-    def backward(_: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0]
-        for gradient in gradients[1:]:
-            total = total + gradient
-        return total, None
-
-
-def fork(x: Tensor, readers: int) -> tuple[Tensor, ...]:
-    """Return x once for each of its readers."""
-    return _Fork.apply(x, readers) if x.requires_grad else (x,) * readers
-
-
-class _AddWeighted(torch.autograd.Function):
-    """base + x * weight, the weight per channel (N, C, 1, 1) or per pixel (N, 1, H, W).
-
-    Its gradients take one pass fewer than those of `addcmul`, which multiplies x by 1 first.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.addcmul(base, x, spread_weight(weight, x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return gradient, gradient * spread_weight(weight, x), (gradient * x).sum_to_size(weight.shape)
-
-
-def add_weighted(base: Tensor | None, x: Tensor, weight: Tensor | None) -> Tensor:
-    """Return base + weight * x, without a map of weight * x; None stands for a base of 0 or a weight of 1."""
-    if base is None:
-        return x if weight is None else x * weight
-    return base + x if weight is None else _AddWeighted.apply(base, x, weight)
-
-
-def spread_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """Return a weight that broadcasts to x fast: on a CPU, for few channels, one that is as large as x.
-
-    There a weight per pixel would start a loop for each pixel, one that is shorter than a vector register.
-    """
-    if x.device.type == "cpu" and weight.shape[1] == 1 and x.shape[1] < 32:
-        return weight.expand(x.shape).contiguous(memory_format=layout_of(x))
-    return weight
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format of a map (N, C, H, W), channels last where both fit."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def run_checkpointed(level: nn.Module, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """Return run(*inputs) and keep the inputs alone for the backward pass; `run` calls `level`."""
-    return checkpoint(
-        run,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=False,  # a level draws no random numbers
-        context_fn=lambda: (contextlib.nullcontext(), pause_statistics(level)),
-    )
-
-
-@contextlib.contextmanager
-def pause_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norm update copies of its running statistics: this forward pass repeats an earlier one."""
-    buffers = [(owner, *named) for owner in module.modules() for named in owner.named_buffers(recurse=False)]
-    for owner, name, buffer in buffers:
-        setattr(owner, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for owner, name, buffer in buffers:
-            setattr(owner, name, buffer)
 
 
 def prepare_network(network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -479,77 +365,6 @@ def _fold_join(level: DecoderLevel) -> None:
     level.from_skip = fuse_conv_bn_eval(level.from_skip, level.norm)
     level.from_skip.bias = None
     level.norm = nn.Identity()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Size and cost
-# ------------------------------------------------------------------------------------------------------------
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def count_flops(model: nn.Module, shape: Shape) -> int:
-    """Return the floating-point operations of a forward pass on `shape`; a multiply-add counts as two.
-
-    torch counts them on the convolutions that run; norms, activations and interpolation are left out.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(shape))
-    return counter.get_total_flops()
-
-
-def measure_activation_bytes(
-    model: nn.Module, shape: Shape, dtype: torch.dtype | None = torch.bfloat16
-) -> int:
-    """Return the bytes autograd keeps between forward and backward pass of a training step on `shape`.
-
-    Exact for autocast to `dtype` (None is float32): every storage that the saved-tensor hooks see, once, in
-    its own type. The 16-bit copies that autocast makes of the weights count, the weights do not. Weights and
-    running statistics stay as they are. What checkpointing recomputes later does not count.
-    """
-    device = next(model.parameters()).device
-    saved: dict[int, Tensor] = {}  # by the storage's address; as the tensor lives, no other gets the address
-
-    def remember(tensor: Tensor) -> Tensor:
-        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
-        return tensor
-
-    was_training = model.training
-    model.train()
-    slab = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
-    with (
-        pause_statistics(model),
-        torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor),
-        torch.autocast(device.type, dtype, enabled=dtype is not None),
-    ):
-        model(slab)
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    model.train(was_training)
-    return sum(saved[address].untyped_storage().nbytes() for address in saved.keys() - own)
-
-
-def estimate_activation_bytes(
-    model: nn.Module, shape: Shape, dtype: torch.dtype | None = torch.bfloat16, side: int = 32
-) -> int:
-    """Return `measure_activation_bytes` on `shape`, from three small steps of `side` or 2 * `side` pixels.
-
-    Exact, as a convolutional network keeps a fixed amount, an amount per slab and an amount per pixel.
-    """
-    slabs, channels, height, width = shape
-    small, larger, more = (
-        measure_activation_bytes(model, (count, channels, length, length), dtype)
-        for count, length in ((2, side), (2, 2 * side), (3, side))
-    )
-    per_pixel = (larger - small) / (2 * 3 * side**2)
-    per_slab = more - small - per_pixel * side**2
-    fixed = small - 2 * per_slab - 2 * per_pixel * side**2
-    return round(fixed + slabs * (per_slab + per_pixel * height * width))
 
 
 # ------------------------------------------------------------------------------------------------------------

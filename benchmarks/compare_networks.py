@@ -47,8 +47,9 @@ from dataset_balance_v2 import (
     training_spacing,
 )
 from inference_v2 import TrainedModel, predict_views
-from model_drunet_v2 import DRUNetV2, count_flops, count_parameters, measure_activation_bytes, prepare_network
+from model_drunet_v2 import DRUNetV2, prepare_network
 from runtime.command import run_command
+from runtime.cost import count_flops, count_parameters, measure_activation_bytes
 from runtime.errors import InputError
 from runtime.files import write_json
 from runtime.log import log

@@ -16,8 +16,9 @@ import torch
 from benchmarks import memory, train_step
 from benchmarks.common import print_table, time_pairs, write_result
 from inference_v2 import TrainedModel, predict_volume
-from model_drunet_v2 import WIDTHS, DRUNetV2, count_flops, prepare_network
+from model_drunet_v2 import WIDTHS, DRUNetV2, prepare_network
 from runtime.command import run_command
+from runtime.cost import count_flops
 from runtime.errors import InputError
 from runtime.machine import amp_dtype
 

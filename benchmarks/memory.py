@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.common import print_table, write_result
-from model_drunet_v2 import WIDTHS, DRUNetV2, count_parameters, estimate_activation_bytes
+from model_drunet_v2 import WIDTHS, DRUNetV2
 from runtime.command import run_command
+from runtime.cost import count_parameters, estimate_activation_bytes
 from runtime.machine import amp_dtype, choose_device
 from runtime.probe import Batch, try_step
 

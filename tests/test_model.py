@@ -23,23 +23,16 @@ from model_drunet_v2 import (
     RectifiedConv,
     ResidualBlock,
     SqueezeExcitation,
-    _AddWeighted,
-    _ChannelMean,
-    _Fork,
     build_network,
     compress_bright,
-    count_flops,
-    count_parameters,
-    estimate_activation_bytes,
     find_head,
     fold_batch_norm,
-    fork,
     head_mean,
     main,
-    measure_activation_bytes,
     prepare_network,
 )
 from runtime.command import check_settings
+from runtime.cost import count_flops, count_parameters, estimate_activation_bytes, measure_activation_bytes
 from runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -513,41 +506,6 @@ def test_regions_have_maps_of_their_own() -> None:
         assert (logits[:, first] - logits[:, second]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("channels", [1, 3, 40])  # one, fewer and more than a vector register holds
-def test_means_and_weighted_sums_have_the_gradients_of_the_plain_formulas(
-    channels: int, layout: torch.memory_format
-) -> None:
-    x, base = (
-        draw(2, channels, 4, 6, seed=seed).double().contiguous(memory_format=layout) for seed in (0, 1)
-    )
-    per_channel, per_pixel = draw(2, channels, 1, 1, seed=2).double(), draw(2, 1, 4, 6, seed=3).double()
-    inputs = [tensor.requires_grad_() for tensor in (x, base, per_channel, per_pixel)]
-    assert torch.autograd.gradcheck(_ChannelMean.apply, x)
-    torch.testing.assert_close(_ChannelMean.apply(x), x.mean((2, 3), keepdim=True))
-    for weight in (per_channel, per_pixel):
-        assert torch.autograd.gradcheck(_AddWeighted.apply, (base, x, weight))
-        torch.testing.assert_close(_AddWeighted.apply(base, x, weight), base + x * weight)
-    (found,) = torch.autograd.grad(_ChannelMean.apply(x).sum(), inputs[0])
-    assert found.is_contiguous(memory_format=layout)
-
-
-def test_the_gradients_of_a_forked_map_are_summed_into_a_new_one() -> None:
-    x = draw(2, 3, 4, 4).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: _Fork.apply(x, 3), x)
-    one, other, third = fork(x, 3)
-    gradients = [draw(2, 3, 4, 4, seed=seed).double() for seed in (1, 2, 3)]
-    before = [gradient.clone() for gradient in gradients]
-    torch.autograd.backward((one, other, third), gradients)
-    torch.testing.assert_close(x.grad, sum(before))
-    assert all(torch.equal(gradient, was) for gradient, was in zip(gradients, before, strict=True))
-
-
-def test_a_map_without_a_gradient_is_not_forked() -> None:
-    x = draw(1, 2, 2, 2)
-    assert all(each is x for each in fork(x, 2))
-
-
 def test_a_network_that_is_ready_rectifies_within_its_convolutions_and_gives_the_same_numbers() -> None:
     network = make_network()
     network(draw(2, 3, 32, 32))  # so that batch norm is not the identity
@@ -561,23 +519,6 @@ def test_a_network_that_is_ready_rectifies_within_its_convolutions_and_gives_the
             one, other = (each(slab.to(dtype)) for each in (ready, folded))
         torch.testing.assert_close(one, other)
     assert not any(isinstance(module, RectifiedConv) for module in fold_batch_norm(network).modules())
-
-
-def test_a_mean_of_float16_does_not_pass_its_largest_number() -> None:
-    x = torch.full((1, 1, 64, 64), 100.0, dtype=torch.float16)
-    assert _ChannelMean.apply(x).item() == 100
-
-
-def test_a_mean_under_autocast_on_a_card_keeps_the_type_of_the_map() -> None:
-    # no card is needed: fake tensors have types and no values
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        with torch._subclasses.fake_tensor.FakeTensorMode():
-            x = torch.empty(1, 2, 4, 4, device="cuda", dtype=torch.bfloat16)
-            assert x.sum((2, 3)).dtype == torch.float32
-            assert _ChannelMean.apply(x).dtype == torch.bfloat16
-    finally:
-        torch.set_autocast_enabled("cuda", False)
 
 
 def test_a_training_step_compiles_without_a_break() -> None:
@@ -640,68 +581,6 @@ def test_network_learns_to_mark_bright_squares() -> None:
         loss.backward()
         optimiser.step()
     assert loss.item() < 0.1  # 0.45 is what guessing the share of tumour would reach
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Cost
-# ------------------------------------------------------------------------------------------------------------
-
-
-def test_flops_of_one_convolution_by_hand() -> None:
-    # per output value 3 * 3 * 3 multiply-adds of 2 operations
-    convolution = nn.Conv2d(3, 8, 3, padding=1)
-    assert count_flops(convolution, (2, 3, 10, 12)) == 2 * (2 * 8 * 10 * 12) * 27
-    assert count_flops(nn.Conv2d(5, 7, 2, stride=2), (1, 5, 8, 8)) == 2 * (7 * 4 * 4) * 20
-
-
-def test_flops_of_the_network_are_those_of_its_convolutions() -> None:
-    network = make_network(in_channels=6, num_regions=3)
-    multiply_adds = 0
-
-    def count(module: nn.Conv2d, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal multiply_adds
-        multiply_adds += output.numel() * module.weight[0].numel()
-
-    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d)]
-    with torch.no_grad():
-        network(torch.zeros(2, 6, 16, 24))
-    for hook in hooks:
-        hook.remove()
-    assert count_flops(network, (2, 6, 16, 24)) == 2 * multiply_adds
-    assert count_flops(network, (1, 6, 16, 24)) == multiply_adds
-
-
-def test_activation_bytes_by_hand() -> None:
-    # a convolution keeps its input, in 16 bits with a 16-bit copy of its weights; the ReLU its output
-    convolution = nn.Conv2d(3, 8, 3, padding=1)
-    values, weights = 2 * 3 * 16 * 16, 3 * 8 * 9
-    assert measure_activation_bytes(convolution, (2, 3, 16, 16)) == 2 * (values + weights)
-    assert measure_activation_bytes(convolution, (2, 3, 16, 16), None) == 4 * values
-    both = nn.Sequential(convolution, nn.ReLU())
-    assert measure_activation_bytes(both, (2, 3, 16, 16)) == 2 * (values + weights + 2 * 8 * 16 * 16)
-
-
-def test_activation_bytes_leave_weights_out_and_count_a_storage_once() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.first(x) + self.second(x)
-
-    assert measure_activation_bytes(Twice(), (1, 16, 2, 2), None) == 16 * 2 * 2 * 4
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_activation_bytes_are_told_from_small_steps(checkpointing: bool, dtype: torch.dtype | None) -> None:
-    network = make_network()
-    network.checkpointing = checkpointing
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    told = estimate_activation_bytes(network, (5, 3, 48, 80), dtype, side=8)
-    assert told == measure_activation_bytes(network, (5, 3, 48, 80), dtype)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_drunet_v2 import DRUNetV2, estimate_activation_bytes
+from model_drunet_v2 import DRUNetV2
+from runtime.cost import estimate_activation_bytes
 from runtime.errors import InputError
 from runtime.probe import Batch, compile_network, probe_memory, raise_too_large, try_pass, try_step
 

@@ -15,7 +15,7 @@ import model_drunet_v2 as model
 from audit import overlays, plots
 from cohort import initial, phantom, selection, several
 from cohort.split import SPLIT_PARTS
-from runtime import checkpoints, claims, command, cpu_threads, files, machine, probe, ranks
+from runtime import checkpoints, claims, command, cost, cpu_threads, files, machine, probe, ranks
 from runtime.errors import InputError
 from runtime.log import log, log_to_file
 from runtime.state import Recipe, TrainState, start_state
@@ -111,7 +111,7 @@ def prepare_step(run: Run, network: nn.Module) -> nn.Module:
     batch = probe.Batch(shape, run.device, run.dtype)
     if config.probe:
         count = functools.partial(
-            model.estimate_activation_bytes, network, shape, run.dtype, side=2 * network.multiple
+            cost.estimate_activation_bytes, network, shape, run.dtype, side=2 * network.multiple
         )
         alone = ranks.world_size() == 1 or not config.sync_batchnorm
         probe.probe_memory(network, batch, count, config.accumulate, try_smaller=alone)
@@ -143,6 +143,6 @@ def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader:
     number_format = str(run.dtype or torch.float32).removeprefix("torch.")
     log.info(
         f"{run.title}; {len(chosen.cases)} cases, split {counts} by patient, {len(loader.dataset)} training "
-        f"slices, {model.count_parameters(network) / 1e6:.2f} M parameters, {run.device.type}, "
+        f"slices, {cost.count_parameters(network) / 1e6:.2f} M parameters, {run.device.type}, "
         f"{number_format}" + (f", {ranks.world_size()} ranks" if ranks.world_size() > 1 else "")
     )
