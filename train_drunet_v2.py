@@ -209,6 +209,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "strong": {
         "use_se": False,
+        "use_attention": False,
         "compress": True,
         "schedule": "cosine",
         "drop_by": 1.0,

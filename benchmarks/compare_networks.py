@@ -70,6 +70,8 @@ class RingConfig:
     """rows to run, by their names in networks.py; none runs none"""
     table: bool = False
     """print the tables and draw the plots of all rows that are there"""
+    reference: str = "ours, no SE"
+    """row that the table compares the others with, paired by case"""
     name: str = "lgg"
     """folder in benchmarks/results/compare_networks that holds the rows"""
     data_dir: tuple[str, ...] = ("data/lgg",)
@@ -338,8 +340,8 @@ def row_path(config: RingConfig, name: str, fold: int, seed: int) -> Path:
 
 def main(config: RingConfig) -> None:
     """Run the rows that are asked for and not there yet; print the tables."""
-    if unknown := sorted(set(config.entries) - ENTRIES.keys()):
-        raise InputError(f"--entries {unknown[0]!r}", "no such row", f"one of: {'; '.join(ENTRIES)}")
+    if unknown := sorted({*config.entries, config.reference} - ENTRIES.keys()):
+        raise InputError(repr(unknown[0]), "no such row", f"one of: {'; '.join(ENTRIES)}")
     wanted = [
         (name, fold, seed)
         for seed in config.seeds
@@ -351,7 +353,7 @@ def main(config: RingConfig) -> None:
     for name, fold, seed in wanted:
         run_row(config, name, fold, seed, cohorts[fold])
     if config.table:
-        show_tables(folder_of(config), tuple(ENTRIES), config.regions)
+        show_tables(folder_of(config), tuple(ENTRIES), config.regions, config.reference)
 
 
 if __name__ == "__main__":

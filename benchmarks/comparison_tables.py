@@ -13,7 +13,6 @@ from benchmarks.common import print_table
 from runtime.errors import InputError
 from runtime.files import write_atomically
 
-REFERENCE = "ours, no SE"  # what the other rows are compared with
 PLACES = ("home", "abroad")
 
 
@@ -66,8 +65,8 @@ def describe_runs(
     return " ".join(changes)
 
 
-def tabulate(rows: dict[str, list[dict[str, Any]]], region: str) -> Iterator[dict[str, Any]]:
-    """Yield a line per entry: Dice at home and abroad, the paired difference to the reference, cost."""
+def tabulate(rows: dict[str, list[dict[str, Any]]], region: str, reference: str) -> Iterator[dict[str, Any]]:
+    """Yield a line per entry: Dice at home and abroad, its difference to `reference`, paired, and cost."""
     for name, own in rows.items():
         line: dict[str, Any] = {"network": name, "runs": len(own)}
         for place in PLACES:
@@ -78,8 +77,8 @@ def tabulate(rows: dict[str, list[dict[str, Any]]], region: str) -> Iterator[dic
                 dice = dice[dice["region"] == region]
                 line[f"{place} {mode}"] = describe(summarise(dice["dice"], dice["patient"]), ".3f")
                 line[f"n {place}"] = len(dice)
-            if name != REFERENCE and REFERENCE in rows:
-                ours, theirs = shared_rows(own, rows[REFERENCE])
+            if name != reference and reference in rows:
+                ours, theirs = shared_rows(own, rows[reference])
                 if not ours:
                     continue
                 keys = ["case", "patient", "region"]
@@ -142,13 +141,13 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
     pyplot.close(figure)
 
 
-def show_tables(folder: Path, entries: Sequence[str], regions: Sequence[str]) -> None:
+def show_tables(folder: Path, entries: Sequence[str], regions: Sequence[str], reference: str) -> None:
     """Print and write the table of each region, and draw it."""
     rows = read_rows(folder, entries)
     if not rows:
         raise InputError(folder, "no row is there", "name some by --entries")
     for region in regions:
-        table = pd.DataFrame(list(tabulate(rows, region)))
+        table = pd.DataFrame(list(tabulate(rows, region, reference)))
         print_table(table.to_dict("records"))
         path = folder / f"table_{region}.csv"
         write_atomically(path, lambda target, table=table: table.to_csv(target, index=False))

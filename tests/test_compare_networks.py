@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -157,9 +159,10 @@ def test_a_ring_without_another_cohort_runs(
     assert row["abroad"] == []
 
 
-def test_an_unknown_row_is_named(input_error: object) -> None:
-    with input_error("--entries 'theirs'", "MONAI AttentionUnet"):
-        main(RingConfig(entries=("theirs",)))
+@pytest.mark.parametrize("setting", [{"entries": ("theirs",)}, {"reference": "theirs"}])
+def test_an_unknown_row_is_named(input_error: Callable[..., Any], setting: dict[str, Any]) -> None:
+    with input_error("'theirs'", "MONAI AttentionUnet"):
+        main(RingConfig(**setting))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def test_differences_are_paired_over_the_folds_that_both_have() -> None:
         make_row("ours, no SE", 1, {"c": 0.1}),
     ]
     other = [make_row("MONAI SegResNet", 0, {"a": 0.7, "b": 0.72}, slabs=50)]
-    first, second = tabulate({"ours, no SE": reference, "MONAI SegResNet": other}, "WT")
+    first, second = tabulate({"ours, no SE": reference, "MONAI SegResNet": other}, "WT", "ours, no SE")
     assert (first["runs"], first["n home"], second["n home"]) == (2, 3, 2)
     assert first["home tta"].startswith("0.500")
     assert first["home plain"].startswith("0.400")
@@ -187,16 +190,18 @@ def test_the_difference_of_each_run_stands_beside_the_interval() -> None:
     ours = [make_row("ours, no SE", 0, {"a": 0.5, "b": 0.7}) | {"seed": seed} for seed in (0, 1)]
     theirs = [make_row("MONAI SegResNet", 0, {"a": 0.4, "b": 0.6}) | {"seed": 1}]
     theirs.append(make_row("MONAI SegResNet", 0, {"a": 0.5, "b": 1.0}) | {"seed": 0})
-    _, line = tabulate({"ours, no SE": ours, "MONAI SegResNet": theirs}, "WT")
+    _, line = tabulate({"ours, no SE": ours, "MONAI SegResNet": theirs}, "WT", "ours, no SE")
     assert line["home, each run"] == "-0.100 +0.150"
     assert line["home minus reference"].startswith("+0.025")
-    _, line = tabulate({"ours, no SE": ours, "MONAI SegResNet": theirs[:1]}, "WT")
+    line, _ = tabulate({"ours, no SE": ours, "MONAI SegResNet": theirs}, "WT", "MONAI SegResNet")
+    assert line["home minus reference"].startswith("-0.025")
+    _, line = tabulate({"ours, no SE": ours, "MONAI SegResNet": theirs[:1]}, "WT", "ours, no SE")
     assert "home, each run" not in line
 
 
 def test_a_ring_without_another_cohort_has_a_table_and_a_plot_of_home_alone(tmp_path: Path) -> None:
     rows = {name: [make_row(name, 0, {"a": 0.5}, abroad=[])] for name in ("ours, no SE", "MONAI SegResNet")}
-    table = pd.DataFrame(list(tabulate(rows, "WT")))
+    table = pd.DataFrame(list(tabulate(rows, "WT", "ours, no SE")))
     assert "home tta" in table
     assert not [column for column in table if "abroad" in column]
     plot_cost(tmp_path / "cost.png", table, "WT")
@@ -209,7 +214,7 @@ def test_seeds_of_one_fold_are_averaged_per_case(tmp_path: Path, monkeypatch: py
     for seed, dice in ((0, 0.4), (1, 0.6)):
         row = make_row("ours, no SE", 0, {"a": dice, "b": 0.9}) | {"seed": seed}
         write_json(row_path(config, "ours, no SE", 0, seed), row)
-    (line,) = tabulate(read_rows(compare_networks.folder_of(config), ()), "WT")
+    (line,) = tabulate(read_rows(compare_networks.folder_of(config), ()), "WT", "ours, no SE")
     assert line["n home"] == 2  # cases, not runs
     assert float(line["home tta"].split()[0]) == pytest.approx(np.mean([0.5, 0.9]), abs=1e-3)
 

@@ -70,6 +70,7 @@ def test_a_preset_is_the_default_of_what_was_not_typed(input_error: object) -> N
     strong = choose("--data-dir x --preset strong")
     assert strong == TrainConfig(source=TrainingSource("x"), preset="strong", **PRESETS["strong"])
     assert not strong.use_se
+    assert not strong.use_attention
     assert strong.compress
     assert choose("--data-dir x --preset published") == TrainConfig(source=TrainingSource("x"))
     typed = choose("--data-dir x --preset strong --use-se --ema 0.5")
