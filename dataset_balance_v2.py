@@ -142,6 +142,18 @@ def balance_cohorts(
     return weights / weights.sum()
 
 
+def balance_phantoms(
+    table: pd.DataFrame, real: np.ndarray, share: float, tumour_share: float = 0.5, empty_share: float = 0.02
+) -> np.ndarray:
+    """Return the probability of drawing each slice where `share` of the draws are of phantoms, sum 1.
+
+    The first rows of the table are those of the cases, whose probabilities among themselves are `real`; the
+    others are of phantoms.
+    """
+    phantoms = balance_slices(table[len(real) :], tumour_share, empty_share)
+    return np.concatenate([(1 - share) * real, share * phantoms])
+
+
 def drop_modalities(slab: np.ndarray, modalities: int, share: float, draw_seed: int) -> None:
     """Set each modality of a slab (C*K, S, S) to MISSING with probability `share`, in all of its slices.
 

@@ -170,6 +170,9 @@ class TrainConfig:
     """share of draws that show tumour"""
     empty_share: Share = 0.02
     """share of draws that show no brain"""
+    phantom_share: Decay = 0.0
+    """share of draws that are of synthetic heads, as two scanners see them, beside those of the cases: for
+    scans of scanners that training has not seen"""
     modality_dropout: Decay = 0.0
     """probability that a modality of a slab is left out, never all; the network then works without some"""
 
@@ -437,7 +440,9 @@ def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
     )
 
 
-def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
+def make_loader(
+    run: Run, cases: Sequence[cache.PreparedCase], phantoms: Sequence[cache.PreparedCase]
+) -> DataLoader:
     """Return the loader of this rank's share of the balanced training slabs."""
     config = run.config
     table = dataset.slice_table(cases, config.source.regions)
@@ -448,11 +453,14 @@ def make_loader(run: Run, cases: Sequence[cache.PreparedCase]) -> DataLoader:
         )
     shares = (config.tumour_share, config.empty_share)
     weights = dataset.balance_cohorts(table, cases, config.source.weight_of_cohort, *shares)
+    if phantoms:
+        table = dataset.slice_table([*cases, *phantoms], config.source.regions)
+        weights = dataset.balance_phantoms(table, weights, config.phantom_share, *shares)
     if ranks.is_main():
         write_table(run.folder / "balance.csv", dataset.balance_shares(table, weights).reset_index())
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
     slabs = dataset.SlabDataset(
-        cases, table, config.context, config.size, modality_dropout=config.modality_dropout
+        [*cases, *phantoms], table, config.context, config.size, modality_dropout=config.modality_dropout
     )
     return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
 
@@ -540,8 +548,9 @@ def train_run(config: TrainConfig) -> None:
     run.facts.update(initial.find_facts(config.init, weights, checkpoint, cases))
     run.facts["spacing_mm"] = dataset.training_spacing(cases["train"], config.size)
     run.facts["reference_ml"] = dataset.reference_range(cases["train"], config.source.regions)
-    loader = make_loader(run, cases["train"])
-    log_start(run, chosen, state.network, loader)
+    phantoms = selection.prepare_phantoms(config.source) if config.phantom_share else []
+    loader = make_loader(run, cases["train"], phantoms)
+    log_start(run, chosen, state.network, loader, len(phantoms))
     dataset.warn_of_crop([*cases["train"], *cases["validation"]], config.size, state.network.multiple)
     state.forward = prepare_step(run, state.network)
     if ranks.is_main() and not checkpoint:

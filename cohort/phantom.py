@@ -43,6 +43,7 @@ def is_phantom(case: Case) -> bool:
 
 FIRST_ID = {"internal": 90000, "external": 95000}  # real BraTS 2021 ids end at 01666
 MAX_CASES = 5000  # as many ids as lie between the two styles
+TRAINING_PHANTOMS, TRAINING_SEED = 40, 10_000  # of each style, for --phantom-share
 FIELD_OF_VIEW_MM = (155.0, 200.0, 165.0)  # D, H, W: what the largest brain needs
 MAX_SPACING_MM = 20.0  # beyond it, a small tumour could fall between two slices
 HALF_AXES_MM = (66.5, 87.0, 70.0)  # D, H, W of the mean brain
@@ -432,6 +433,19 @@ def write_cohort(
             write_volume(folder / f"{folder.name}_{name}.nii.gz", volume, phantom.spacing_mm)
         folders.append(folder)
     return folders
+
+
+def write_training_phantoms(directory: Path) -> None:
+    """Write the phantoms that --phantom-share trains on beside the cases, where they are not there yet.
+
+    They are heads of their own: no cohort that make_phantom_v2.py writes with a smaller seed has one of them.
+    """
+    for style in SCANNERS:
+        ids = range(FIRST_ID[style], FIRST_ID[style] + TRAINING_PHANTOMS)
+        if not all(
+            (directory / f"BraTS2021_{number}" / f"BraTS2021_{number}_seg.nii.gz").exists() for number in ids
+        ):
+            write_cohort(directory, TRAINING_PHANTOMS, TRAINING_SEED, style=style)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
 from cohort.layouts import CaseSource
 from cohort.patients import describe_likely_visits, group_ids
-from cohort.phantom import PHANTOM_NOTE, is_phantom
+from cohort.phantom import PHANTOM_NOTE, is_phantom, write_training_phantoms
+from runtime import ranks
 from runtime.command import CountOrZero, FoldCount, Positive
 from runtime.errors import InputError
 from runtime.files import write_json
@@ -291,3 +292,13 @@ def prepare_parts(selection: Selection, source: TrainingSource) -> dict[str, lis
     }
     leakage.check_parts(identities, selection.different)
     return by_part
+
+
+def prepare_phantoms(source: TrainingSource) -> list[PreparedCase]:
+    """Return the prepared phantoms of --phantom-share, on every rank; they are made in the cache folder."""
+    folder = Path(source.cache_dir) / "phantoms"
+    if ranks.is_main():
+        write_training_phantoms(folder)
+    ranks.wait_for_all()
+    cases = layouts.find_cases(CaseSource(str(folder)), source.modalities)
+    return cache.prepare_for_all_ranks(cases, source.modalities, source.regions, source.cache_dir)

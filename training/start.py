@@ -137,7 +137,9 @@ def draw_first_batch(run: Run, loader: DataLoader) -> None:
     plots.try_to_draw(path, lambda: overlays.plot_batch(path, *batch))
 
 
-def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader: DataLoader) -> None:
+def log_start(
+    run: Run, chosen: selection.Selection, network: nn.Module, loader: DataLoader, phantoms: int
+) -> None:
     """Log what is trained on what."""
     counts = " / ".join(str(len(chosen.split[name])) for name in SPLIT_PARTS)
     number_format = str(run.dtype or torch.float32).removeprefix("torch.")
@@ -146,3 +148,9 @@ def log_start(run: Run, chosen: selection.Selection, network: nn.Module, loader:
         f"slices, {cost.count_parameters(network) / 1e6:.2f} M parameters, {run.device.type}, "
         f"{number_format}" + (f", {ranks.world_size()} ranks" if ranks.world_size() > 1 else "")
     )
+    if phantoms:
+        log.info(
+            "among these slices are those of %d phantoms, synthetic heads, drawn %.0f %% of the time",
+            phantoms,
+            100 * run.config.phantom_share,
+        )
