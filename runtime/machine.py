@@ -17,6 +17,7 @@ from runtime.errors import InputError
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt, from malloc.h
 MADV_HUGEPAGE = 14  # Linux, mman.h
 HUGE_PAGE = 2**21  # bytes, on x86-64 and most of ARM
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: address space counts as memory
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,7 +51,8 @@ def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """
     import resource  # not on Windows
 
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+    is_counted = OVERCOMMIT.exists() and OVERCOMMIT.read_text().strip() == "2"
+    if is_counted or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return  # address space is what is short there
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from runtime import machine
 from runtime.files import write_json
 from runtime.machine import (
     amp_dtype,
@@ -157,6 +158,24 @@ else:
     first, later = fetched["command"]
     assert later < first / 10
     assert fetched["plain"][1] > 5 * fetched["plain"][0]  # without it each block is fetched anew
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone")
+@pytest.mark.parametrize(("setting", "is_asked"), [("0", True), ("1", True), ("2", False)])
+def test_no_address_space_is_taken_where_it_counts_as_memory(
+    setting: str, is_asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "OVERCOMMIT", tmp_path / "overcommit_memory")
+    machine.OVERCOMMIT.write_text(f"{setting}\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    asked: list[int] = []
+    libc = types.SimpleNamespace(
+        malloc=lambda size: asked.append(size),  # which returns None: there is no memory
+        madvise=lambda *_: pytest.fail("nothing was given"),
+        free=lambda _: pytest.fail("nothing was given"),
+    )
+    machine.ask_for_huge_pages(libc)
+    assert bool(asked) == is_asked
 
 
 def has_huge_pages() -> bool:
