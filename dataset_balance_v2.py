@@ -47,6 +47,7 @@ from cohort.preprocess import (
     Z_RANGE,
     describe_training_spacing,
     fit_slices,
+    pixel_mm,
     place_slices,
 )
 from runtime import signals
@@ -243,6 +244,15 @@ def training_spacing(cases: Sequence[PreparedCase], size: int) -> dict[str, dict
     return describe_training_spacing(
         [(case.frame, each) for case, each in zip(cases, placements, strict=True)]
     )
+
+
+def median_pixel_mm(cases: Sequence[PreparedCase], size: int) -> float:
+    """Return what a pixel of a size x size input spans in these cases, in mm; 1 natively where unknown."""
+    spans = []
+    for case in cases:
+        placement = place_slices(*case.shape[1:], size, case.head_box)
+        spans += pixel_mm(case.frame.spacing_mm or (1.0, 1.0, 1.0), placement)
+    return float(np.median(spans))
 
 
 def warn_of_crop(cases: Sequence[PreparedCase], size: int, multiple: int = 16) -> None:

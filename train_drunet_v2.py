@@ -548,7 +548,12 @@ def train_run(config: TrainConfig) -> None:
     run.facts.update(initial.find_facts(config.init, weights, checkpoint, cases))
     run.facts["spacing_mm"] = dataset.training_spacing(cases["train"], config.size)
     run.facts["reference_ml"] = dataset.reference_range(cases["train"], config.source.regions)
-    phantoms = selection.prepare_phantoms(config.source) if config.phantom_share else []
+    phantoms: list[cache.PreparedCase] = []
+    if config.phantom_share:
+        if chosen.data_kind == "phantom":
+            raise InputError("--phantom-share", "the cases are phantoms themselves", "leave it out")
+        pixel_mm = dataset.median_pixel_mm(cases["train"], config.size)
+        phantoms = selection.prepare_phantoms(config.source, pixel_mm)
     loader = make_loader(run, cases["train"], phantoms)
     log_start(run, chosen, state.network, loader, len(phantoms))
     dataset.warn_of_crop([*cases["train"], *cases["validation"]], config.size, state.network.multiple)

@@ -52,7 +52,7 @@ def measure_here(config: AllocationConfig) -> dict[str, float]:
     """Return slabs/s of training and of a forward pass, page faults a training step and peak memory."""
     if config.way != "given back":
         keep_freed_memory()
-    if config.way != "kept in huge pages":
+    if config.way == "kept":
         ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     set_seed(0)
     dtype = amp_dtype(torch.device("cpu"), True)

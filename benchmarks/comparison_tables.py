@@ -70,15 +70,16 @@ def tabulate(rows: dict[str, list[dict[str, Any]]], region: str, reference: str)
     for name, own in rows.items():
         line: dict[str, Any] = {"network": name, "runs": len(own)}
         for place in PLACES:
-            if not any(row[place] for row in own):  # no other cohort was tested
+            here = [row for row in own if row[place]]
+            if not here:  # no other cohort was tested
                 continue
             for mode in ("plain", "tta"):
-                dice = dice_of(own, place, mode)
+                dice = dice_of(here, place, mode)
                 dice = dice[dice["region"] == region]
                 line[f"{place} {mode}"] = describe(summarise(dice["dice"], dice["patient"]), ".3f")
                 line[f"n {place}"] = len(dice)
             if name != reference and reference in rows:
-                ours, theirs = shared_rows(own, rows[reference])
+                ours, theirs = shared_rows(here, [row for row in rows[reference] if row[place]])
                 if not ours:
                     continue
                 keys = ["case", "patient", "region"]
@@ -134,7 +135,8 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
         axis.set_ylabel(f"{region} Dice per case with TTA, mean over {table[f'n {place}'].iloc[0]} cases")
         axis.set_title(place)
         axis.grid(alpha=0.3)
-    names = [f"{number + 1}  {name}" for number, name in enumerate(table["network"])]
+    runs = [f" ({count} runs)" if count > 1 else "" for count in table["runs"]]
+    names = [f"{number + 1}  {name}{runs[number]}" for number, name in enumerate(table["network"])]
     handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours]
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
     write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=130))
@@ -146,6 +148,10 @@ def show_tables(folder: Path, entries: Sequence[str], regions: Sequence[str], re
     rows = read_rows(folder, entries)
     if not rows:
         raise InputError(folder, "no row is there", "name some by --entries")
+    if reference not in rows:
+        raise InputError(
+            f"--reference {reference!r}", f"{folder} has no such row", f"one of: {'; '.join(rows)}"
+        )
     for region in regions:
         table = pd.DataFrame(list(tabulate(rows, region, reference)))
         print_table(table.to_dict("records"))

@@ -39,7 +39,7 @@ from runtime.errors import InputError
 from runtime.files import describe_error, file_sha256, write_atomically, write_json
 from runtime.log import log, progress
 from runtime.processes import map_in_processes
-from runtime.ranks import wait_for_all
+from runtime.ranks import is_first_here, wait_for_all
 from utils_v2 import bounding_box
 
 CACHE_VERSION = 7  # raise when normalisation or the layout of entries changes: older entries are never read
@@ -48,7 +48,7 @@ ARRAYS = ("volume.npy", "masks.npy")  # of an entry
 _verified: set[tuple[str, int, int]] = (
     set()
 )  # (path, time of change, CRC-32) of arrays that this process has read
-FOLDERS = ("entries", "stamps", "runs", "fingerprints")  # the last two only in caches of older versions
+FOLDERS = ("entries", "stamps", "phantoms", "runs", "fingerprints")  # the last two only in older versions
 # What names a case and says nothing of its pixels: a renamed copy shares the entry.
 NAMES_OF_CASE = ("case_id", "patient_id", "cohort", "aliases")
 KEY = re.compile(r"[0-9a-f]{32}")  # of an entry
@@ -381,10 +381,9 @@ def prepare_for_all_ranks(
     cases: Sequence[Case], modalities: Sequence[str], regions: Sequence[str], cache_dir: str | Path
 ) -> list[PreparedCase]:
     """Return every case prepared, on every rank: the first rank of each machine decodes, the others read."""
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    prepared = prepare_cases(cases, modalities, regions, cache_dir) if is_first else []
+    prepared = prepare_cases(cases, modalities, regions, cache_dir) if is_first_here() else []
     wait_for_all()
-    return prepared if is_first else prepare_cases(cases, modalities, regions, cache_dir)
+    return prepared if is_first_here() else prepare_cases(cases, modalities, regions, cache_dir)
 
 
 def build_entry(

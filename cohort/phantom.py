@@ -16,7 +16,7 @@ import gzip
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -44,6 +44,9 @@ def is_phantom(case: Case) -> bool:
 FIRST_ID = {"internal": 90000, "external": 95000}  # real BraTS 2021 ids end at 01666
 MAX_CASES = 5000  # as many ids as lie between the two styles
 TRAINING_PHANTOMS, TRAINING_SEED = 40, 10_000  # of each style, for --phantom-share
+TRAINING_PIXELS_MM = (1.0, 1.5, 2.0, 3.0, 4.0)  # of which the nearest to the pixels of the cases is taken
+TRAINING_FIELD_MM = 240  # rows and columns that such a phantom spans
+TRAINING_VERSION = 1  # raise when phantoms change: those of another version are not trained on
 FIELD_OF_VIEW_MM = (155.0, 200.0, 165.0)  # D, H, W: what the largest brain needs
 MAX_SPACING_MM = 20.0  # beyond it, a small tumour could fall between two slices
 HALF_AXES_MM = (66.5, 87.0, 70.0)  # D, H, W of the mean brain
@@ -435,17 +438,24 @@ def write_cohort(
     return folders
 
 
-def write_training_phantoms(directory: Path) -> None:
-    """Write the phantoms that --phantom-share trains on beside the cases, where they are not there yet.
+def training_phantoms(directory: Path, pixel_mm: float) -> tuple[Path, dict[str, Any], list[str]]:
+    """Return folder, shape and ids of the phantoms to train on beside cases whose pixels are so large."""
+    step = min(TRAINING_PIXELS_MM, key=lambda each: abs(each - pixel_mm))
+    side = round(TRAINING_FIELD_MM / step)
+    ids = [f"BraTS2021_{FIRST_ID[style] + index}" for style in SCANNERS for index in range(TRAINING_PHANTOMS)]
+    shape = {"shape": (40, side, side), "spacing_mm": (4.0, step, step)}
+    return directory / f"v{TRAINING_VERSION}_{step:g}_mm", shape, ids
 
-    They are heads of their own: no cohort that make_phantom_v2.py writes with a smaller seed has one of them.
+
+def write_training_phantoms(directory: Path, pixel_mm: float) -> None:
+    """Write the phantoms of `training_phantoms` that are not there yet.
+
+    They are the heads of seed 10,000 of make_phantom_v2.py: none of the demo, or of any other seed.
     """
-    for style in SCANNERS:
-        ids = range(FIRST_ID[style], FIRST_ID[style] + TRAINING_PHANTOMS)
-        if not all(
-            (directory / f"BraTS2021_{number}" / f"BraTS2021_{number}_seg.nii.gz").exists() for number in ids
-        ):
-            write_cohort(directory, TRAINING_PHANTOMS, TRAINING_SEED, style=style)
+    folder, shape, ids = training_phantoms(directory, pixel_mm)
+    if not all((folder / name / f"{name}_seg.nii.gz").exists() for name in ids):  # the last that is written
+        for style in SCANNERS:
+            write_cohort(folder, TRAINING_PHANTOMS, TRAINING_SEED, style=style, **shape)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from cohort import cache, check, folds, layouts, leakage, several
+from cohort import cache, check, folds, layouts, leakage, phantom, several
 from cohort import split as splits
 from cohort.cache import PreparedCase
 from cohort.cases import Case, Modalities, with_reference
@@ -17,7 +17,7 @@ from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
 from cohort.layouts import CaseSource
 from cohort.patients import describe_likely_visits, group_ids
-from cohort.phantom import PHANTOM_NOTE, is_phantom, write_training_phantoms
+from cohort.phantom import PHANTOM_NOTE, is_phantom
 from runtime import ranks
 from runtime.command import CountOrZero, FoldCount, Positive
 from runtime.errors import InputError
@@ -294,11 +294,16 @@ def prepare_parts(selection: Selection, source: TrainingSource) -> dict[str, lis
     return by_part
 
 
-def prepare_phantoms(source: TrainingSource) -> list[PreparedCase]:
-    """Return the prepared phantoms of --phantom-share, on every rank; they are made in the cache folder."""
-    folder = Path(source.cache_dir) / "phantoms"
-    if ranks.is_main():
-        write_training_phantoms(folder)
+def prepare_phantoms(source: TrainingSource, pixel_mm: float) -> list[PreparedCase]:
+    """Return the prepared phantoms of --phantom-share, on every rank; they are made in the cache folder.
+
+    `pixel_mm` is what a pixel of the network's input spans in the cases, so that heads are as large there.
+    """
+    directory = Path(source.cache_dir) / "phantoms"
+    if ranks.is_first_here():
+        phantom.write_training_phantoms(directory, pixel_mm)
     ranks.wait_for_all()
+    folder, _, ids = phantom.training_phantoms(directory, pixel_mm)
     cases = layouts.find_cases(CaseSource(str(folder)), source.modalities)
+    cases = [case for case in cases if case.case_id in ids]
     return cache.prepare_for_all_ranks(cases, source.modalities, source.regions, source.cache_dir)

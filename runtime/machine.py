@@ -47,12 +47,13 @@ def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 
     A map of activations is thousands of pages of 4 KiB, and looking up where each lies takes a tenth of a
     training step. The heap grows by a block that is given back to malloc at once: it is address space alone
-    until it is used.
+    until it is used. What calloc hands out of it counts as used, though, and is cleared.
     """
     import resource  # not on Windows
 
     is_counted = OVERCOMMIT.exists() and OVERCOMMIT.read_text().strip() == "2"
-    if is_counted or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if is_counted or any(limit != resource.RLIM_INFINITY for limit in limits):
         return  # address space is what is short there
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -72,6 +72,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_here() -> bool:
+    """Return whether this process is the one of its machine that fills the cache there."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def local_device(device: torch.device) -> torch.device:
     """Return the device of this rank: on GPUs one of its own, otherwise `device` itself."""
     if world_size() == 1:

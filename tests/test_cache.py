@@ -605,6 +605,8 @@ def test_the_command_removes_the_cache_and_nothing_else(case, cache, caplog, inp
     prepare_cases([case], ("flair",), ("WT",), cache)
     (cache / "fingerprints").mkdir()  # as older versions had it
     (cache / "fingerprints" / "x.json").write_text("{}")
+    (cache / "phantoms" / "v1_2_mm").mkdir(parents=True)  # as --phantom-share leaves them
+    (cache / "phantoms" / "v1_2_mm" / "x.nii.gz").write_bytes(b"phantom")
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     assert clear_cache(cache) == size - len(cache_module.CACHE_TAG)
     assert not cache.exists()

@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks import compare_networks
 from benchmarks.compare_networks import RingConfig, main, row_path, scheduled_rate
-from benchmarks.comparison_tables import plot_cost, read_rows, tabulate
+from benchmarks.comparison_tables import plot_cost, read_rows, show_tables, tabulate
 from benchmarks.networks import (
     ENTRIES,
     BCEDice,
@@ -206,6 +206,24 @@ def test_a_ring_without_another_cohort_has_a_table_and_a_plot_of_home_alone(tmp_
     assert not [column for column in table if "abroad" in column]
     plot_cost(tmp_path / "cost.png", table, "WT")
     assert cv2.imread(str(tmp_path / "cost.png")).shape[1] < 130 * 13  # one panel, and the names
+
+
+def test_runs_without_another_cohort_are_left_out_of_its_columns() -> None:
+    ours = [make_row("ours, no SE", 0, {"a": 0.5}), make_row("ours, no SE", 1, {"b": 0.9}, abroad=[])]
+    theirs = [
+        make_row("MONAI SegResNet", 0, {"a": 0.4}, abroad=[]),
+        make_row("MONAI SegResNet", 1, {"b": 0.6}),
+    ]
+    first, second = tabulate({"ours, no SE": ours, "MONAI SegResNet": theirs}, "WT", "ours, no SE")
+    assert (first["n home"], first["n abroad"]) == (2, 1)
+    assert second["home minus reference"].startswith("-0.200")
+    assert "abroad minus reference" not in second  # no run of both was tested there
+
+
+def test_a_reference_that_was_not_run_is_named(tmp_path: Path, input_error: Callable[..., Any]) -> None:
+    write_json(tmp_path / "x_fold0_seed0.json", make_row("MONAI SegResNet", 0, {"a": 0.4}))
+    with input_error("--reference 'ours, no SE'", "MONAI SegResNet"):
+        show_tables(tmp_path, tuple(ENTRIES), ("WT",), "ours, no SE")
 
 
 def test_seeds_of_one_fold_are_averaged_per_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,8 +179,13 @@ def test_no_address_space_is_taken_where_it_counts_as_memory(
 
 
 def has_huge_pages() -> bool:
-    """Tell whether a process gets huge pages where it asks for them, and can be told so."""
+    """Tell whether a process may ask for huge pages and is told where it has them."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if machine.OVERCOMMIT.exists() and machine.OVERCOMMIT.read_text().strip() == "2":
+        return False
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return False
     return setting.exists() and "[never]" not in setting.read_text() and Path("/proc/self/smaps").exists()
 
 
