@@ -89,9 +89,9 @@ class ResidualBlock(nn.Module):
 class SqueezeExcitation(nn.Module):
     """Judge each channel by the means of all: x (N, C, H, W) -> weights in 0..1 (N, C, 1, 1).
 
-    The means are over the whole slab, as published, or over the head alone where its share of each pixel is
-    given, `head` (N, 1, H, W). A mean over the slab also measures how much air and scalp there is, by which a
-    network that was trained on whole heads may misjudge a skull-stripped brain; benchmarks/README.md.
+    The means are over the head alone where its share of each pixel is given, `head` (N, 1, H, W), or over the
+    whole slab, as first published. A mean over the slab also measures how much air and scalp there is, by
+    which a network that was trained on whole heads misjudges a skull-stripped brain; benchmarks/README.md.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
@@ -198,7 +198,7 @@ class DRUNetV2(nn.Module):
     def __init__(
         self, in_channels: int = 3, num_regions: int = 1, widths: Sequence[int] = WIDTHS,
         use_se: bool = True, use_attention: bool = True, dilated: bool = True, residual: bool = True,
-        se_form: SqueezeForm = "slab", compress: bool = False,
+        se_form: SqueezeForm = "head", compress: bool = False,
     ) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
@@ -386,8 +386,8 @@ class ModelConfig:
     """height and width of a slab"""
     use_se: bool = True
     """squeeze-and-excitation in every residual block"""
-    se_form: SqueezeForm = "slab"
-    """over what it averages: the whole slab, as published, or the head alone"""
+    se_form: SqueezeForm = "head"
+    """over what it averages: the head alone, or the whole slab, as first published"""
     use_attention: bool = True
     """attention gates on the skips"""
     dilated: bool = True

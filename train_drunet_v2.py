@@ -37,7 +37,7 @@ import inference_v2 as inference
 import model_drunet_v2 as model
 from audit import pages, postprocess
 from cohort import cache, folds, initial, phantom, selection, several
-from cohort.network import check_widths
+from cohort.network import check_widths, complete_settings
 from cohort.selection import TrainingSource
 from runtime import (
     checkpoints,
@@ -109,8 +109,9 @@ class TrainConfig:
     """filters per level, the last is the bottleneck"""
     use_se: bool = True
     """squeeze-and-excitation in every residual block"""
-    se_form: model.SqueezeForm = "slab"
-    """over what it averages: the whole slab, as published, or the head alone"""
+    se_form: model.SqueezeForm = "head"
+    """over what it averages: the head alone, or the whole slab, as first published, by which a network is
+    worse on scans with other backgrounds"""
     use_attention: bool = True
     """attention gates on the skips"""
     dilated: bool = True
@@ -236,7 +237,7 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
     if typed.config:
         settings = command.from_plain(
             TrainConfig,
-            files.read_json(Path(typed.config), "--config", "a run's config.json"),
+            complete_settings(files.read_json(Path(typed.config), "--config", "a run's config.json")),
             typed.config,
         )
         settings = folds.leave_run(settings)

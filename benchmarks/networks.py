@@ -106,7 +106,7 @@ class WindowSqueeze(nn.Module):
 
 def ours_window(channels: int, regions: int, widths: Sequence[int]) -> nn.Module:
     """Return our network with SE over windows."""
-    network = DRUNetV2(channels, regions, widths)
+    network = DRUNetV2(channels, regions, widths, se_form="slab")
     for module in network.modules():
         if isinstance(getattr(module, "se", None), SqueezeExcitation):
             module.se = WindowSqueeze(module.se)
@@ -208,13 +208,13 @@ NO_SE = Entry(ours(use_se=False))
 ENTRIES: dict[str, Entry] = {
     # over what squeeze-and-excitation averages
     "ours, no SE": NO_SE,
-    "ours, SE over the slab": Entry(ours()),
-    "ours, SE over the head": Entry(ours(se_form="head")),
+    "ours, SE over the slab": Entry(ours(se_form="slab")),
+    "ours, SE over the head": Entry(ours()),
     "ours, SE over windows": Entry(ours_window),
     # backgrounds varied in training
     "ours, no SE, stripped": replace(NO_SE, strip=0.4),
-    "ours, SE over the slab, stripped": Entry(ours(), strip=0.4),
-    "ours, SE over the head, stripped": Entry(ours(se_form="head"), strip=0.4),
+    "ours, SE over the slab, stripped": Entry(ours(se_form="slab"), strip=0.4),
+    "ours, SE over the head, stripped": Entry(ours(), strip=0.4),
     # peers
     "MONAI AttentionUnet": Entry(monai_attention),
     "MONAI SegResNet": Entry(monai_segresnet),

@@ -27,8 +27,13 @@ class NetworkSettings:
     use_attention: bool = True
     dilated: bool = True
     residual: bool = True
-    se_form: SqueezeForm = "slab"
+    se_form: SqueezeForm = "slab"  # where a file does not say it; training's default is another
     compress: bool = False
+
+
+def complete_settings(config: Any) -> Any:
+    """Return a run's settings with what they had where they do not say it, being of an earlier version."""
+    return {"se_form": NetworkSettings.se_form, **config} if isinstance(config, Mapping) else config
 
 
 def check_network_settings(path: str | Path, config: Any, needed: tuple[str, ...] = NEEDED) -> None:

@@ -609,6 +609,7 @@ def write_checkpoint(tmp_path) -> Callable[..., Path]:
             "context": 1,
             "size": 32,
             "widths": (4, 8),
+            "se_form": "head",
         }
         content = {
             "model": (network or trained_network()).state_dict(),

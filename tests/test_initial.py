@@ -127,6 +127,7 @@ def test_averaged_weights_start_there_too() -> None:
         widths=(4, 8),
         size=16,
         ema=0.9,
+        se_form="slab",  # as the checkpoint, whose settings do not say it
     )
     state = make_state(config, CPU, None, initial)
     for name, value in state.evaluated.state_dict().items():

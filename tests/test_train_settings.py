@@ -116,6 +116,17 @@ def test_a_resumed_run_has_its_own_settings_but_for_how_long_and_where(saved: Tr
     assert choose("--resume results/old --max-minutes 2").max_minutes == 2
 
 
+@pytest.mark.parametrize("way", ["--config results/old/config.json", "--resume results/old"])
+def test_settings_that_do_not_say_over_what_se_averages_are_of_the_slab(saved: TrainConfig, way: str) -> None:
+    assert saved.se_form == "head"
+    assert choose(way).se_form == "head"
+    plain = to_plain(saved)
+    del plain["se_form"]  # as earlier versions wrote it
+    save_checkpoint(Path("results/old/last.pt"), {"model": {}, "config": plain})
+    Path("results/old/config.json").write_text(json.dumps(plain))
+    assert choose(way).se_form == "slab"
+
+
 @pytest.mark.parametrize(
     "flags", ["--size 64", "--seed 0", "--no-amp", "--data-dir elsewhere", "--no-use-se", "--slice-channel 1"]
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cohort import folds
-from cohort.network import check_network_settings
+from cohort.network import check_network_settings, complete_settings
 from runtime import checkpoints, command, files, rates
 from runtime.errors import InputError
 
@@ -28,7 +28,7 @@ def settings_of_resumed(folder: Path, parse: Callable[..., Settings], kind: type
         return settings_of_folds(folder, parse, kind)
     checkpoint, _ = checkpoints.load_last(folder)
     check_network_settings(folder / "last.pt", checkpoint.get("config"))
-    saved = command.from_plain(kind, checkpoint["config"], folder / "last.pt")
+    saved = command.from_plain(kind, complete_settings(checkpoint["config"]), folder / "last.pt")
     defaults = dataclasses.replace(
         saved,
         resume=str(folder),
@@ -47,7 +47,8 @@ def settings_of_resumed(folder: Path, parse: Callable[..., Settings], kind: type
 
 def settings_of_folds(folder: Path, parse: Callable[..., Settings], kind: type[Settings]) -> Settings:
     """Return the settings of a run of folds to go on with; --max-minutes stays that of each fold."""
-    saved = command.from_plain(kind, files.read_json(folder / "config.json", "--resume", "a run"))
+    own = files.read_json(folder / "config.json", "--resume", "a run")
+    saved = command.from_plain(kind, complete_settings(own))
     place = {"results_dir": str(folder.parent), "run": folder.name, "config": None}
     defaults = dataclasses.replace(saved, resume=str(folder), **place)
     settings = parse(defaults)
