@@ -132,11 +132,15 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set_xlabel("GFLOP per slab")
-        axis.set_ylabel(f"{region} Dice per case with TTA, mean over {table[f'n {place}'].iloc[0]} cases")
+        axis.set_ylabel(f"{region} Dice per case with TTA, mean over the cases of the runs named")
         axis.set_title(place)
         axis.grid(alpha=0.3)
-    runs = [f" ({count} runs)" if count > 1 else "" for count in table["runs"]]
-    names = [f"{number + 1}  {name}{runs[number]}" for number, name in enumerate(table["network"])]
+    # runs are of other seeds, or of other folds, which are other cases at home
+    names = [
+        f"{number + 1}  {row['network']}: runs {row['runs']}, "
+        + ", ".join(f"n {row[f'n {place}']} {place}" for place in places)
+        for number, row in enumerate(table.to_dict("records"))
+    ]
     handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours]
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
     write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=130))
