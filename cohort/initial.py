@@ -19,14 +19,12 @@ from cohort.leakage import (
     select_proven,
     unpack_identities,
 )
-from cohort.network import NetworkSettings, check_network_settings
-from model_drunet_v2 import SWITCHES
+from cohort.network import PARTS, check_network_settings, complete_settings
 from runtime.checkpoints import load_checkpoint
 from runtime.errors import InputError
 from runtime.log import log
 
-ARCHITECTURE = ("widths", *SWITCHES, "se_form", "compress")  # what must be the same
-IF_MISSING = {name: getattr(NetworkSettings, name) for name in ARCHITECTURE}  # in settings of older runs
+ARCHITECTURE = ("widths", *PARTS)  # what must be the same
 NETWORK_SETTINGS = (*ARCHITECTURE, "modalities", "context", "regions", "size")
 FIRST = (
     "encoder.0.convolutions.0.weight",
@@ -70,7 +68,7 @@ def read_initial(path: str | Path) -> InitialWeights:
 
 def network_settings(initial: InitialWeights) -> dict[str, Any]:
     """Return the settings of a checkpoint's network, the defaults of a run that starts from it."""
-    config = initial.checkpoint["config"]
+    config = complete_settings(initial.checkpoint["config"])
     settings = {name: config[name] for name in NETWORK_SETTINGS if name in config}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
@@ -93,9 +91,9 @@ def start_from(network: nn.Module, settings: Mapping[str, Any], initial: Initial
     network at first computes what it did. A region takes the output of its name; a new one starts untrained.
     Raises InputError where widths or switches differ, or no channel is the same.
     """
-    config = initial.checkpoint["config"]
+    config, asked = (complete_settings(each) for each in (initial.checkpoint["config"], settings))
     for name in ARCHITECTURE:
-        own, other = (each.get(name, IF_MISSING[name]) for each in (settings, config))
+        own, other = asked[name], config[name]
         if list(np.atleast_1d(own)) != list(np.atleast_1d(other)):
             raise InputError(
                 f"--init {initial.path}",

@@ -7,10 +7,11 @@ from typing import Any
 
 from cohort.cases import Modalities
 from cohort.labels import Regions
-from model_drunet_v2 import WIDTHS, SqueezeForm, Widths
+from model_drunet_v2 import SWITCHES, WIDTHS, SqueezeForm, Widths
 from runtime.command import Neighbours, Side, from_plain
 from runtime.errors import InputError
 
+PARTS = (*SWITCHES, "se_form", "compress")  # of the network, each a setting that earlier versions may lack
 NEEDED = ("modalities", "regions", "context", "size", "widths")
 
 
@@ -32,8 +33,10 @@ class NetworkSettings:
 
 
 def complete_settings(config: Any) -> Any:
-    """Return a run's settings with what they had where they do not say it, being of an earlier version."""
-    return {"se_form": NetworkSettings.se_form, **config} if isinstance(config, Mapping) else config
+    """Return a run's settings with what its network had where they, of an earlier version, do not say it."""
+    if not isinstance(config, Mapping):
+        return config  # which is refused where it is read as settings
+    return {name: getattr(NetworkSettings, name) for name in PARTS} | dict(config)
 
 
 def check_network_settings(path: str | Path, config: Any, needed: tuple[str, ...] = NEEDED) -> None:
