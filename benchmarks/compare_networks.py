@@ -340,8 +340,9 @@ def row_path(config: RingConfig, name: str, fold: int, seed: int) -> Path:
 
 def main(config: RingConfig) -> None:
     """Run the rows that are asked for and not there yet; print the tables."""
-    if unknown := sorted({*config.entries, config.reference} - ENTRIES.keys()):
-        raise InputError(repr(unknown[0]), "no such row", f"one of: {'; '.join(ENTRIES)}")
+    for flag, names in (("--entries", config.entries), ("--reference", (config.reference,))):
+        if unknown := sorted(set(names) - ENTRIES.keys()):
+            raise InputError(f"{flag} {unknown[0]!r}", "no such row", f"one of: {'; '.join(ENTRIES)}")
     wanted = [
         (name, fold, seed)
         for seed in config.seeds

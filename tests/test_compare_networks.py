@@ -159,10 +159,11 @@ def test_a_ring_without_another_cohort_runs(
     assert row["abroad"] == []
 
 
-@pytest.mark.parametrize("setting", [{"entries": ("theirs",)}, {"reference": "theirs"}])
-def test_an_unknown_row_is_named(input_error: Callable[..., Any], setting: dict[str, Any]) -> None:
-    with input_error("'theirs'", "MONAI AttentionUnet"):
-        main(RingConfig(**setting))
+def test_an_unknown_row_is_named(input_error: Callable[..., Any]) -> None:
+    with input_error("--entries 'theirs'", "MONAI AttentionUnet"):
+        main(RingConfig(entries=("theirs",)))
+    with input_error("--reference 'theirs'", "MONAI AttentionUnet"):
+        main(RingConfig(reference="theirs"))
 
 
 # ------------------------------------------------------------------------------------------------------------
