@@ -45,6 +45,7 @@ from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
     MISSING,
     Z_RANGE,
+    Placement,
     describe_training_spacing,
     fit_slices,
     pixel_mm,
@@ -213,7 +214,7 @@ class SlabDataset(Dataset):
         case_index, z = self.rows[row]
         case = self.cases[case_index]
         slab = case.slab(int(z), self.context)
-        placement = place_slices(*slab.shape[1:], self.size, case.head_box)
+        placement = place_prepared(case, self.size)
         slab = fit_slices(slab, placement)
         target = fit_slices(case.reference_slice(int(z)), placement, is_mask=True).astype(np.uint8)
         if self.augmentation is not None:
@@ -238,20 +239,21 @@ class SlabDataset(Dataset):
         return slab, np.ascontiguousarray(out["mask"].transpose(2, 0, 1))
 
 
+def place_prepared(case: PreparedCase, size: int) -> Placement:
+    """Return how the slices of a case lie in a size x size input of training."""
+    return place_slices(*case.shape[1:], size, case.head_box)
+
+
 def training_spacing(cases: Sequence[PreparedCase], size: int) -> dict[str, dict[str, float]] | None:
     """Return median and range of the spacings that a network of this input size meets in these cases."""
-    placements = (place_slices(*case.shape[1:], size, case.head_box) for case in cases)
-    return describe_training_spacing(
-        [(case.frame, each) for case, each in zip(cases, placements, strict=True)]
-    )
+    return describe_training_spacing([(case.frame, place_prepared(case, size)) for case in cases])
 
 
 def median_pixel_mm(cases: Sequence[PreparedCase], size: int) -> float:
     """Return what a pixel of a size x size input spans in these cases, in mm; 1 natively where unknown."""
     spans = []
     for case in cases:
-        placement = place_slices(*case.shape[1:], size, case.head_box)
-        spans += pixel_mm(case.frame.spacing_mm or (1.0, 1.0, 1.0), placement)
+        spans += pixel_mm(case.frame.spacing_mm or (1.0, 1.0, 1.0), place_prepared(case, size))
     return float(np.median(spans))
 
 
@@ -277,7 +279,7 @@ def warn_of_crop(cases: Sequence[PreparedCase], size: int, multiple: int = 16) -
 
 def is_cut(case: PreparedCase, size: int) -> bool:
     """Return whether the crop to size x size cuts tumour off."""
-    placement = place_slices(*case.shape[1:], size, case.head_box)
+    placement = place_prepared(case, size)
     if placement.inner != placement.native or not np.any(case.region_voxels):
         return False
     return any(

@@ -446,22 +446,23 @@ def make_loader(
 ) -> DataLoader:
     """Return the loader of this rank's share of the balanced training slabs."""
     config = run.config
-    table = dataset.slice_table(cases, config.source.regions)
-    draws = config.slabs_per_epoch or len(table)
+    everyone = [*cases, *phantoms]
+    table = dataset.slice_table(everyone, config.source.regions)
+    real = table[table["case"] < len(cases)]
+    draws = config.slabs_per_epoch or len(real)
     if draws < config.batch_size * config.accumulate * ranks.world_size():
         raise InputError(
             "--slabs-per-epoch", f"{draws} slabs do not fill one step", "lower --batch-size or --accumulate"
         )
     shares = (config.tumour_share, config.empty_share)
-    weights = dataset.balance_cohorts(table, cases, config.source.weight_of_cohort, *shares)
+    weights = dataset.balance_cohorts(real, cases, config.source.weight_of_cohort, *shares)
     if phantoms:
-        table = dataset.slice_table([*cases, *phantoms], config.source.regions)
         weights = dataset.balance_phantoms(table, weights, config.phantom_share, *shares)
     if ranks.is_main():
         write_table(run.folder / "balance.csv", dataset.balance_shares(table, weights).reset_index())
     sampler = dataset.BalancedSampler(weights, draws, config.seed, ranks.rank(), ranks.world_size())
     slabs = dataset.SlabDataset(
-        [*cases, *phantoms], table, config.context, config.size, modality_dropout=config.modality_dropout
+        everyone, table, config.context, config.size, modality_dropout=config.modality_dropout
     )
     return dataset.make_train_loader(slabs, sampler, config.batch_size, config.workers)
 

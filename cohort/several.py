@@ -11,7 +11,7 @@ import numpy as np
 
 from cohort.cases import Case
 from cohort.patients import is_sheet_about, map_patients, names_one_patient, patient_named
-from cohort.split import SPLIT_PARTS, split_cases, split_sha256
+from cohort.split import SPLIT_PARTS, home_of_patients, split_cases, split_sha256
 from runtime.errors import InputError
 from runtime.log import log
 
@@ -159,11 +159,7 @@ def split_cohorts(cases: Sequence[Case], seed: int) -> dict[str, Any]:
     A patient who is in several cohorts goes with the first of them. Where a cohort has fewer than three
     patients, all are split together.
     """
-    home: dict[str, str] = {}
-    for name in list_cohorts(cases):
-        for case in cases:
-            if case.cohort == name:
-                home.setdefault(case.patient_id, name)
+    home = home_of_patients(cases, list_cohorts(cases))
     counts = Counter(home.values())
     if len(list_cohorts(cases)) < 2:
         return split_cases(cases, seed)

@@ -68,9 +68,7 @@ def split_folds(
     several cohorts counts for the first by name. InputError where a fold would leave fewer than two patients
     to train and validate on.
     """
-    home: dict[str, str] = {}
-    for case in sorted(cases, key=lambda case: case.cohort):
-        home.setdefault(case.patient_id, case.cohort)
+    home = home_of_patients(cases, sorted({case.cohort for case in cases}))
     patients = sorted(home)
     if not 2 <= folds <= len(patients) or len(patients) - -(-len(patients) // folds) < 2:
         raise InputError(
@@ -95,6 +93,16 @@ def split_folds(
         }
         splits.append({"seed": seed, "fold": fold, "folds": folds, **parts, "sha256": split_sha256(parts)})
     return splits
+
+
+def home_of_patients(cases: Sequence[Case], cohorts: Sequence[str]) -> dict[str, str]:
+    """Return {patient: cohort}, of a patient of several the first of `cohorts`, in the order of cohorts."""
+    home: dict[str, str] = {}
+    for name in cohorts:
+        for case in cases:
+            if case.cohort == name:
+                home.setdefault(case.patient_id, name)
+    return home
 
 
 def mix_cohorts(patients: Sequence[str], home: Mapping[str, str]) -> list[str]:
