@@ -23,10 +23,10 @@ COHORT_WORDS = {
     "predictions": "cases scored",
 }
 SETTINGS = (
-    "modalities", "regions", "context", "size", "widths", "use_se", "use_attention", "dilated", "residual",
-    "epochs", "max_minutes", "batch_size", "accumulate", "learning_rate", "min_learning_rate", "weight_decay",
-    "ema", "focal_weight", "dice_weight", "tumour_share", "empty_share", "phantom_share", "amp", "seed",
-    "init",
+    "modalities", "regions", "context", "size", "widths", "use_se", "se_form", "use_attention", "dilated",
+    "residual", "compress", "epochs", "max_minutes", "batch_size", "accumulate", "learning_rate",
+    "min_learning_rate", "weight_decay", "ema", "focal_weight", "dice_weight", "tumour_share", "empty_share",
+    "phantom_share", "amp", "seed", "init",
 )  # fmt: skip
 
 
