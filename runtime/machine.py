@@ -45,9 +45,9 @@ def keep_freed_memory() -> None:
 def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Let the heap that is still to come, half of the machine's memory at most, be of huge pages.
 
-    A map of activations is thousands of pages of 4 KiB, and looking up where each lies takes a tenth of a
-    training step. The heap grows by a block that is given back to malloc at once: it is address space alone
-    until it is used. What calloc hands out of it counts as used, though, and is cleared.
+    A map of activations is thousands of pages of 4 KiB, and looking up where each lies takes up to a tenth
+    of a training step. The heap grows by a block that is given back to malloc at once: it is address space
+    alone until it is used. What calloc hands out of it counts as used, though, and is cleared.
     """
     import resource  # not on Windows
 
