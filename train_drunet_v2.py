@@ -56,7 +56,7 @@ from runtime.place import Place
 from runtime.state import Clock, TrainState
 from runtime.steps import StepGuard
 from runtime.tables import write_table
-from training.epoch_end import describe_kept, finish_epoch, has_stalled, stop_run
+from training.epoch_end import complete_log, describe_kept, finish_epoch, has_stalled, stop_run
 from training.resume import settings_of_resumed, share_batch
 from training.run import Run, how_to_resume, remedy_of
 from training.schedule import follow_cosine
@@ -567,6 +567,7 @@ def train_run(config: TrainConfig) -> None:
     with dataset.workers_of(loader), signals.finish_first():
         train_epochs(run, state, loader, cases["validation"], clock, place)
     if ranks.is_main():
+        complete_log(run, state)
         log.info(describe_kept(run, state, len(cases["validation"])))
         add_postprocessing(run, cases["validation"])
         pages.write_run_pages(run.folder)

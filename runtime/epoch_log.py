@@ -36,7 +36,8 @@ def resume_rows(path: Path, checkpoint: Mapping[str, Any]) -> list[Row]:
     """Return the rows of a run that goes on from a last.pt; `path` is its log.csv.
 
     Raises InputError where log.csv is of another run or none at all, so that it is not written over. What it
-    lacks is written again with the next epoch; what it has of later epochs, which run again, is not kept.
+    lacks is written again with the next epoch, or at the end of the run; what it has of later epochs, which
+    run again, is not kept.
     """
     found, epoch = read_rows(path), checkpoint["epoch"]
     if "log" in checkpoint:

@@ -143,6 +143,18 @@ def test_a_run_killed_before_post_processing_does_not_train_on(made: Path) -> No
     assert again["epoch"] == best["epoch"]
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_run_killed_between_its_last_checkpoint_and_its_log_has_all_of_the_log(
+    made: Path, rows: int
+) -> None:
+    whole = (made / "log.csv").read_text()
+    (made / "log.csv").write_text("".join(whole.splitlines(keepends=True)[: rows + 1 if rows else 0]))
+    (made / "curves.png").unlink()
+    resume("results/made")
+    assert (made / "log.csv").read_text() == whole
+    assert (made / "curves.png").stat().st_size > 1000
+
+
 def test_an_epoch_is_kept_where_its_plot_and_its_log_fail(
     made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -55,9 +55,20 @@ def finish_epoch(
         f"peak {peak_gb:.2f} GiB"
     )
     if ranks.is_main():  # after the checkpoint, from which what fails here can be made again
-        table = epoch_log.write_rows(run.folder / "log.csv", state.log)
-        path = run.folder / "curves.png"
-        plots.try_to_draw(path, lambda: plots.plot_curves(path, table, run.title))
+        write_log(run, state)
+
+
+def write_log(run: Run, state: TrainState) -> None:
+    """Write log.csv, and draw its curves."""
+    table = epoch_log.write_rows(run.folder / "log.csv", state.log)
+    path = run.folder / "curves.png"
+    plots.try_to_draw(path, lambda: plots.plot_curves(path, table, run.title))
+
+
+def complete_log(run: Run, state: TrainState) -> None:
+    """Write the log of a run that has ended once more, where a kill came between its last.pt and log.csv."""
+    if epoch_log.read_rows(run.folder / "log.csv") != state.log:
+        write_log(run, state)
 
 
 def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
