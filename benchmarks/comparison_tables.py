@@ -97,6 +97,26 @@ def tabulate(rows: dict[str, list[dict[str, Any]]], region: str, reference: str)
         yield line
 
 
+def group_near(positions: pd.Series, reach: float) -> list[list[int]]:
+    """Return the indices of positions in groups, none wider than `reach`, from the lowest up."""
+    groups: list[list[int]] = []
+    for index in positions.sort_values().index:
+        if groups and positions[index] - positions[groups[-1][0]] <= reach:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def spread_out(heights: np.ndarray, gap: float, top: float) -> np.ndarray:
+    """Return rising heights at least `gap` apart, none above `top`: moved up where they can be, else down."""
+    spread = heights.copy()
+    for index in range(1, len(spread)):
+        spread[index] = max(spread[index], spread[index - 1] + gap)
+    ceilings = top - gap * np.arange(len(spread))[::-1]
+    return np.minimum(spread, ceilings)
+
+
 def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
     """Draw Dice at home and abroad against GFLOP per slab."""
     import matplotlib
@@ -115,19 +135,25 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
         dice = table[f"{place} tta"].str.split().str[0].astype(float)
         axis.scatter(table["GFLOP"], dice, s=26, color=colours)
         # rows of equal cost would print their names over one another: the dots carry numbers, pushed apart
-        height, labelled = dice.max() - dice.min() or 1, []
-        for number in dice.sort_values().index:
-            x, y = table["GFLOP"][number], dice[number]
-            near = [at for other, at in labelled if abs(np.log(other / x)) < 0.08 * width]
-            y = max([y, *(at + 0.03 * height for at in near)])
-            labelled.append((x, y))
-            style = {"fontsize": 7, "color": colours[number], "va": "center"}
-            line = {"arrowstyle": "-", "color": colours[number], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
-            axis.annotate(
-                str(number + 1), (x, dice[number]), (x * np.exp(0.03 * width), y), arrowprops=line, **style
-            )
+        height = dice.max() - dice.min() or 1
+        for near in group_near(np.log(table["GFLOP"]), 0.08 * width):
+            order = dice[near].sort_values().index
+            labels = spread_out(dice[order].to_numpy(), 0.035 * height, dice.max() + 0.03 * height)
+            for number, label in zip(order, labels, strict=True):
+                x, y = table["GFLOP"][number], dice[number]
+                style = {"fontsize": 7, "color": colours[number], "va": "center"}
+                line = {
+                    "arrowstyle": "-",
+                    "color": colours[number],
+                    "linewidth": 0.5,
+                    "shrinkA": 1,
+                    "shrinkB": 3,
+                }
+                axis.annotate(
+                    str(number + 1), (x, y), (x * np.exp(0.06 * width), label), arrowprops=line, **style
+                )
         axis.set_xscale("log")
-        axis.set_xlim(least * np.exp(-0.05 * width), least * np.exp(1.1 * width))
+        axis.set_xlim(least * np.exp(-0.05 * width), least * np.exp(1.15 * width))
         ticks = np.geomspace(least, least * np.exp(width), 5).round(2)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()

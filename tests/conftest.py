@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the suite's processes share the cores; read when torch is imported
+# Both are read when torch is imported. The suite's processes share the cores; and its values are those of a
+# CPU, so a card is not shown to it (CUDA_VISIBLE_DEVICES=0 shows the first).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import nibabel as nib
 import numpy as np

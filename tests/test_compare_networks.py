@@ -12,11 +12,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks import compare_networks
 from benchmarks.compare_networks import RingConfig, main, row_path, scheduled_rate
-from benchmarks.comparison_tables import plot_cost, read_rows, show_tables, tabulate
+from benchmarks.comparison_tables import (
+    group_near,
+    plot_cost,
+    read_rows,
+    show_tables,
+    spread_out,
+    tabulate,
+)
 from benchmarks.networks import (
     ENTRIES,
     BCEDice,
@@ -247,3 +256,16 @@ def test_all_networks_of_the_ring_see_compressed_slabs_where_the_row_says_so(bui
         torch.manual_seed(0)
         plain = build(3, 1, (4, 8)).eval()
         torch.testing.assert_close(network(slab), plain(compress_bright(slab) if compress else slab))
+
+
+def test_labels_of_a_plot_by_hand() -> None:
+    assert group_near(pd.Series([0.2, 0.0, 0.24, 0.05]), 0.1) == [[1, 3], [0, 2]]
+    assert spread_out(np.array([1.0, 1.0, 1.0]), 0.5, 3.0).tolist() == [1.0, 1.5, 2.0]  # upwards
+    assert spread_out(np.array([1.0, 2.9, 3.0]), 0.5, 3.0).tolist() == [1.0, 2.5, 3.0]  # down from the top
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 0.2))
+def test_labels_of_a_plot_are_apart_and_below_the_top(heights: list[float], gap: float) -> None:
+    spread = spread_out(np.sort(heights), gap, 1.0)
+    assert np.all(np.diff(spread) > gap - 1e-9)
+    assert spread[-1] <= 1.0
