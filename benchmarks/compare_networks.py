@@ -69,7 +69,7 @@ class RingConfig:
     entries: tuple[str, ...] = ()
     """rows to run, by their names in networks.py; none runs none"""
     table: bool = False
-    """print the tables and draw the plots of all rows that are there"""
+    """print the tables and draw the plots of the rows that are there, of the folds of --only"""
     reference: str = "ours, no SE"
     """row that the table compares the others with, paired by case"""
     name: str = "lgg"
@@ -89,7 +89,7 @@ class RingConfig:
     folds: int = 5
     """parts of the patients"""
     only: tuple[int, ...] = (0,)
-    """folds to run"""
+    """folds to run, or to show"""
     validation_share: float = 0.15
     """share of a fold's other patients that choose the threshold"""
     seeds: tuple[int, ...] = (0,)
@@ -354,7 +354,7 @@ def main(config: RingConfig) -> None:
     for name, fold, seed in wanted:
         run_row(config, name, fold, seed, cohorts[fold])
     if config.table:
-        show_tables(folder_of(config), tuple(ENTRIES), config.regions, config.reference)
+        show_tables(folder_of(config), tuple(ENTRIES), config.regions, config.reference, config.only)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from runtime.files import write_atomically
 PLACES = ("home", "abroad")
 
 
-def read_rows(folder: Path, entries: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows that are in a folder, by entry, in the order of `entries`."""
+def read_rows(folder: Path, entries: Sequence[str], folds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of some folds that are in a folder, by entry, in the order of `entries`."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
     for path in sorted(folder.glob("*_fold*_seed*.json")):
         row = json.loads(path.read_text())
-        rows.setdefault(row["entry"], []).append(row)
+        if row["fold"] in folds:
+            rows.setdefault(row["entry"], []).append(row)
     return {name: found for name, found in rows.items() if found}
 
 
@@ -153,7 +154,7 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
                     str(number + 1), (x, y), (x * np.exp(0.06 * width), label), arrowprops=line, **style
                 )
         axis.set_xscale("log")
-        axis.set_xlim(least * np.exp(-0.05 * width), least * np.exp(1.15 * width))
+        axis.set_xlim(least * np.exp(-0.05 * width), least * np.exp(1.2 * width))
         ticks = np.geomspace(least, least * np.exp(width), 5).round(2)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
@@ -173,9 +174,11 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
     pyplot.close(figure)
 
 
-def show_tables(folder: Path, entries: Sequence[str], regions: Sequence[str], reference: str) -> None:
-    """Print and write the table of each region, and draw it."""
-    rows = read_rows(folder, entries)
+def show_tables(
+    folder: Path, entries: Sequence[str], regions: Sequence[str], reference: str, folds: Sequence[int]
+) -> None:
+    """Print and write the table of each region over some folds, and draw it."""
+    rows = read_rows(folder, entries, folds)
     if not rows:
         raise InputError(folder, "no row is there", "name some by --entries")
     if reference not in rows:

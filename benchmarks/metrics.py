@@ -12,6 +12,7 @@ HD95 has no such option and counts voxels of the border, unweighted, so that its
 import statistics
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,20 @@ from scipy import ndimage
 
 from benchmarks.common import print_table, time_pairs, write_result
 from cohort.phantom import make_phantom
+from runtime.command import run_command
 from utils_v2 import surface_metrics
 
 SHAPE, SPACING_MM, TOLERANCE_MM = (155, 240, 240), (1.0, 1.0, 1.0), 1.0
 SEEDS = (0, 1, 2)
 Metrics = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Settings of the measurement."""
+
+    repeats: int = 5
+    """rounds of timings"""
 
 
 def deform(mask: np.ndarray, seed: int) -> np.ndarray:
@@ -87,9 +97,11 @@ METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Metrics]] = {
 }
 
 
-def measure_pair(name: str, reference: np.ndarray, prediction: np.ndarray) -> list[dict[str, Any]]:
+def measure_pair(
+    name: str, reference: np.ndarray, prediction: np.ndarray, repeats: int
+) -> list[dict[str, Any]]:
     """Return one row a method: its values, median and range of seconds, and the median of paired ratios."""
-    seconds = time_pairs({key: lambda m=m: m(reference, prediction) for key, m in METHODS.items()})
+    seconds = time_pairs({key: lambda m=m: m(reference, prediction) for key, m in METHODS.items()}, repeats)
     rows = []
     for key, method in METHODS.items():
         distance, dice = method(reference, prediction)
@@ -112,16 +124,16 @@ def measure_pair(name: str, reference: np.ndarray, prediction: np.ndarray) -> li
     return rows
 
 
-def main() -> None:
+def main(config: MetricsConfig) -> None:
     """Measure all pairs, print the table and write benchmarks/results/metrics.json."""
     warnings.filterwarnings("ignore")  # the packages compared announce what they will drop
     rows = []
     for name, (reference, prediction) in make_pairs().items():
-        rows += measure_pair(name, reference, prediction)
+        rows += measure_pair(name, reference, prediction, config.repeats)
     print_table(rows)
     print("HD95: MONAI counts border voxels unweighted, the other two weigh surface by area (the BraTS one)")
     print(f"written: {write_result('metrics', {'rows': rows})}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, MetricsConfig, "Time HD95 and surface Dice against MONAI's and surface-distance's.")

@@ -366,6 +366,13 @@ def test_bad_flags_end_in_one_sentence_that_names_the_flag(trained, phantom_coho
         assert culprit in complaint(run(*command, cwd=trained, expect=2))
 
 
+def test_every_measurement_reads_its_command_line():
+    # by its text, as some import packages that are not needed otherwise
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        _, entry, last = script.read_text().partition('if __name__ == "__main__":')
+        assert not entry or "run_command(" in last or "parse(" in last, script.name
+
+
 def test_every_command_has_complete_help():
     for script in ROOT.glob("*_v2.py"):
         if 'if __name__ == "__main__"' not in script.read_text():

@@ -233,7 +233,7 @@ def test_runs_without_another_cohort_are_left_out_of_its_columns() -> None:
 def test_a_reference_that_was_not_run_is_named(tmp_path: Path, input_error: Callable[..., Any]) -> None:
     write_json(tmp_path / "x_fold0_seed0.json", make_row("MONAI SegResNet", 0, {"a": 0.4}))
     with input_error("--reference 'ours, no SE'", "MONAI SegResNet"):
-        show_tables(tmp_path, tuple(ENTRIES), ("WT",), "ours, no SE")
+        show_tables(tmp_path, tuple(ENTRIES), ("WT",), "ours, no SE", (0,))
 
 
 def test_seeds_of_one_fold_are_averaged_per_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_seeds_of_one_fold_are_averaged_per_case(tmp_path: Path, monkeypatch: py
     for seed, dice in ((0, 0.4), (1, 0.6)):
         row = make_row("ours, no SE", 0, {"a": dice, "b": 0.9}) | {"seed": seed}
         write_json(row_path(config, "ours, no SE", 0, seed), row)
-    (line,) = tabulate(read_rows(compare_networks.folder_of(config), ()), "WT", "ours, no SE")
+    (line,) = tabulate(read_rows(compare_networks.folder_of(config), (), (0,)), "WT", "ours, no SE")
     assert line["n home"] == 2  # cases, not runs
     assert float(line["home tta"].split()[0]) == pytest.approx(np.mean([0.5, 0.9]), abs=1e-3)
 
@@ -256,6 +256,18 @@ def test_all_networks_of_the_ring_see_compressed_slabs_where_the_row_says_so(bui
         torch.manual_seed(0)
         plain = build(3, 1, (4, 8)).eval()
         torch.testing.assert_close(network(slab), plain(compress_bright(slab) if compress else slab))
+
+
+def test_a_table_is_of_the_folds_named(tmp_path: Path) -> None:
+    for fold, case in enumerate(("a", "b")):
+        write_json(
+            tmp_path / f"ours_fold{fold}_seed0.json", make_row("ours, no SE", fold, {case: 0.5 + fold / 10})
+        )
+    for folds, home in (((0,), "0.500"), ((1,), "0.600"), ((0, 1), "0.550")):
+        show_tables(tmp_path, ("ours, no SE",), ("WT",), "ours, no SE", folds)
+        table = pd.read_csv(tmp_path / "table_WT.csv")
+        assert table["runs"].tolist() == [len(folds)]
+        assert table["home tta"][0].startswith(home)
 
 
 def test_labels_of_a_plot_by_hand() -> None:
