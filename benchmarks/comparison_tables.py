@@ -118,6 +118,30 @@ def spread_out(heights: np.ndarray, gap: float, top: float) -> np.ndarray:
     return np.minimum(spread, ceilings)
 
 
+def number_dots(axis: Any, x: pd.Series, y: pd.Series, colours: np.ndarray, width: float) -> None:
+    """Write beside each dot its number from 1, pushed apart where dots are near; `width` is that of log x."""
+    height = y.max() - y.min() or 1
+    for near in group_near(np.log(x), 0.08 * width):
+        order = y[near].sort_values().index
+        labels = spread_out(y[order].to_numpy(), 0.035 * height, y.max() + 0.03 * height)
+        for number, label in zip(order, labels, strict=True):
+            axis.annotate(
+                str(number + 1),
+                (x[number], y[number]),
+                (x[number] * np.exp(0.06 * width), label),
+                fontsize=7,
+                color=colours[number],
+                va="center",
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": colours[number],
+                    "linewidth": 0.5,
+                    "shrinkA": 1,
+                    "shrinkB": 3,
+                },
+            )
+
+
 def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
     """Draw Dice at home and abroad against GFLOP per slab."""
     import matplotlib
@@ -135,24 +159,7 @@ def plot_cost(path: Path, table: pd.DataFrame, region: str) -> None:
     for axis, place in zip(axes[0], places, strict=True):
         dice = table[f"{place} tta"].str.split().str[0].astype(float)
         axis.scatter(table["GFLOP"], dice, s=26, color=colours)
-        # rows of equal cost would print their names over one another: the dots carry numbers, pushed apart
-        height = dice.max() - dice.min() or 1
-        for near in group_near(np.log(table["GFLOP"]), 0.08 * width):
-            order = dice[near].sort_values().index
-            labels = spread_out(dice[order].to_numpy(), 0.035 * height, dice.max() + 0.03 * height)
-            for number, label in zip(order, labels, strict=True):
-                x, y = table["GFLOP"][number], dice[number]
-                style = {"fontsize": 7, "color": colours[number], "va": "center"}
-                line = {
-                    "arrowstyle": "-",
-                    "color": colours[number],
-                    "linewidth": 0.5,
-                    "shrinkA": 1,
-                    "shrinkB": 3,
-                }
-                axis.annotate(
-                    str(number + 1), (x, y), (x * np.exp(0.06 * width), label), arrowprops=line, **style
-                )
+        number_dots(axis, table["GFLOP"], dice, colours, width)
         axis.set_xscale("log")
         axis.set_xlim(least * np.exp(-0.05 * width), least * np.exp(1.2 * width))
         ticks = np.geomspace(least, least * np.exp(width), 5).round(2)
