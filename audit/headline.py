@@ -22,6 +22,7 @@ class Card(NamedTuple):
     count: str
     held_out: str  # what is known of it
     is_clean: bool | None  # None: not known
+    sources: Sequence[str]  # the same of each cohort trained on, where there are several
 
 
 class Worst(NamedTuple):
@@ -51,6 +52,7 @@ def make_cards(summary: Mapping[str, Any]) -> list[Card]:
                 _count(scores["n_cases"], "case") + " of " + _count(scores["n_patients"], "patient"),
                 held_out,
                 is_clean,
+                _describe_sources(summary, cohort, region),
             )
         )
     return cards
@@ -77,6 +79,16 @@ def _describe_seen(summary: Mapping[str, Any], cohort: str) -> tuple[str, bool |
     if seen["seen"]:
         return f"{seen['seen']} of {_count(seen['cases'], 'case')} seen in training or validation", False
     return f"none of {_count(seen['cases'], 'case')} found in training or validation", True
+
+
+def _describe_sources(summary: Mapping[str, Any], cohort: str, region: str) -> list[str]:
+    """Return in words the Dice of each cohort trained on among the cases of a test cohort."""
+    described = []
+    for source, regions in summary.get("by_source", {}).get(cohort, {}).items():
+        scores = _scores(regions[region])
+        count, spread = _count(scores["n_cases"], "case"), format_spread(scores["dice"], "{:.3f}", "95 % CI ")
+        described.append(f"{source}, {count}: {scores['dice']['mean']:.3f} ({spread})")
+    return described
 
 
 def find_worst(rows: pd.DataFrame) -> list[Worst]:

@@ -26,6 +26,7 @@ from audit.headline import describe_errors, find_worst, list_marks, make_cards, 
 from audit.page import write_page
 from audit.postprocess import describe_postprocessing
 from audit.results import AuditResults, headline_mode
+from audit.sources import label_cohort
 from audit.statistics import format_spread
 from cohort.leakage import EVIDENCE, NOTES
 from cohort.phantom import PHANTOM_NOTE
@@ -349,7 +350,7 @@ def write_report(
         worst=find_worst(results.rows),
         many_regions=len({card.region for card in cards}) > 1,
         many_cohorts=len({row["cohort"] for row in case_rows}) > 1,
-        cohorts=list(tested_rows(results.rows)["cohort"].unique()),
+        cohorts=list(dict.fromkeys(map(label_cohort, tested_rows(results.rows).itertuples()))),
         regions=list(results.rows["region"].unique()),
         case_columns=CASE_COLUMNS,
         case_rows=case_rows,
@@ -376,7 +377,7 @@ def list_cases(results: AuditResults) -> list[dict[str, Any]]:
         {
             "key": f"{row.cohort}/{row.case}",
             "case": row.case,
-            "cohort": row.cohort,
+            "cohort": label_cohort(row),
             "region": row.region,
             "cells": (
                 format_number(row.dice),
@@ -423,11 +424,12 @@ def describe_case(results: AuditResults, cohort: str, case_id: str) -> dict[str,
     notes = [f"{row.region}: {describe_errors(row._asdict())}" for row in rows]
     if len(rows) == 1:
         notes = [describe_errors(rows[0]._asdict())]
+    label = label_cohort(rows[0])
     return {
         "key": f"{cohort}/{case_id}",
         "name": case_id,
         "about": ("Synthetic phantom. " if results.summary["data_kind"] == "phantom" else "")
-        + f"{cohort.capitalize()} case. "
+        + f"{label[0].upper()}{label[1:]} case. "
         + "; ".join(numbers),
         "notes": list(dict.fromkeys([*notes, *(note for row in rows for note in note_case(results, row))])),
         "regions": [row.region for row in rows],

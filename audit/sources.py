@@ -41,6 +41,14 @@ def summarise_by_source(rows: pd.DataFrame, regions: Sequence[str], seed: int) -
     return {"by_source": summary}
 
 
+def label_cohort(row: Any) -> str:
+    """Return the cohort of a case, "internal: NAME" where those of several were trained on.
+
+    `row` is a row of metrics_per_case.csv as a named tuple.
+    """
+    return f"internal: {row.source}" if row.cohort == "internal" and hasattr(row, "source") else row.cohort
+
+
 def count_missing(cohorts: Mapping[str, Sequence[PreparedCase]]) -> dict[str, Any]:
     """Return {"missing_modalities": {cohort: {modalities as text: cases without them}}}; empty for none."""
     counts = {
