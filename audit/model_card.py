@@ -22,11 +22,11 @@ COHORT_WORDS = {
     "external_unseen": "external cohort without the cases that were seen",
     "predictions": "cases scored",
 }
-SETTINGS = (
-    "modalities", "regions", "context", "size", "widths", "use_se", "se_form", "use_attention", "dilated",
-    "residual", "compress", "epochs", "max_minutes", "batch_size", "accumulate", "learning_rate",
-    "min_learning_rate", "weight_decay", "ema", "focal_weight", "dice_weight", "tumour_share", "empty_share",
-    "phantom_share", "amp", "seed", "init",
+# settings of the machine and of places, by which a network is no other, and what the card says above them
+NOT_LISTED = (
+    "run", "results_dir", "resume", "config", "data_dir", "hold_out_dir", "mapping", "split", "different",
+    "fold", "cache_dir", "device", "workers", "compile", "checkpointing", "probe", "ranks", "rate_since",
+    "data_kind", "split_sha256",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def make_card(run: RunFacts) -> str:
         name=run.folder.resolve().name,
         config=config,
         best=best,
-        settings={name: config[name] for name in SETTINGS if name in config},
+        settings={name: value for name, value in run.settings.items() if name not in NOT_LISTED},
         thresholds=dict(zip(config.get("regions") or (), best.get("thresholds") or (), strict=False)),
         words=COHORT_WORDS,
         checkpoint_sha256=file_sha256(path) if path.is_file() else None,

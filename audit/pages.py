@@ -29,16 +29,6 @@ SHOWN_SETTINGS = (
     "data_dir", "modalities", "regions", "context", "size", "widths", "epochs", "max_minutes", "batch_size",
     "learning_rate", "seed", "device",
 )  # fmt: skip
-# shown elsewhere, and ids of cases, which no page names
-NO_SETTINGS = (
-    "split_patients",
-    "command",
-    "hardware",
-    "versions",
-    "held_out",
-    "skipped",
-    "declared_different",
-)
 
 
 def write_run_pages(folder: Path) -> None:
@@ -99,6 +89,7 @@ def write_card(path: Path, run: RunFacts) -> None:
 def write_run_page(path: Path, run: RunFacts) -> None:
     """Write the page of one run; it needs no other file."""
     config = run.config or {}
+    settings = {name: show_value(value) for name, value in run.settings.items()}
     write_page(
         path,
         "run.html.j2",
@@ -106,8 +97,9 @@ def write_run_page(path: Path, run: RunFacts) -> None:
         above="all folds" if list_folds(run.folder.parent) else "all runs",
         figures=read_figures(run),
         balance=read_balance(run.folder / "balance.csv"),
-        settings={name: show_value(config[name]) for name in SHOWN_SETTINGS if name in config},
-        all_settings={name: show_value(config[name]) for name in config if name not in NO_SETTINGS},
+        settings={name: settings[name] for name in SHOWN_SETTINGS if name in settings},
+        all_settings=settings,
+        keeps_last=config.get("keep") == "last",
         left_out={name: len(config.get(name) or ()) for name in ("held_out", "skipped")},
         provenance=list_provenance(run),
         card=make_card(run),

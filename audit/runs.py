@@ -23,6 +23,11 @@ from runtime.files import file_sha256
 from runtime.tables import read_table
 
 Content = TypeVar("Content")
+# what config.json holds beside settings: what is shown elsewhere, and ids of cases, which no page names
+NO_SETTINGS = (
+    "split_patients", "command", "hardware", "versions", "held_out", "skipped", "declared_different",
+    "joined_patients",
+)  # fmt: skip
 TESTED = ("internal", "external", "external_unseen", "predictions")  # the order in which cohorts are shown
 
 
@@ -63,6 +68,9 @@ class RunFacts:
     best: dict[str, Any] | None = None  # best.pt without its weights
     summary: dict[str, Any] | None = None  # of the audit, where it is of this best.pt
     headlines: list[Headline] = field(default_factory=list)
+    sources: list[Headline] = field(
+        default_factory=list
+    )  # of each cohort trained on, where there are several
     folds: list["RunFacts"] = field(default_factory=list)  # of a run of folds
     progress: dict[str, str] = field(default_factory=dict)  # how far training came, in figures
     counts: list[dict[str, Any]] = field(default_factory=list)  # of the split, by part
@@ -76,6 +84,11 @@ class RunFacts:
         if self.folds:
             return all(fold.is_trained for fold in self.folds)
         return self.best is not None and "postprocessing" in self.best
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings in config.json; empty where it is not there."""
+        return {name: value for name, value in (self.config or {}).items() if name not in NO_SETTINGS}
 
     @property
     def data_kind(self) -> str:
@@ -134,8 +147,9 @@ def read_run(folder: Path) -> RunFacts:
     run.summary = _read(run, "evaluation/summary.json", _read_object)
     if run.summary is not None:
         run.headlines = _note(run, "evaluation/summary.json", lambda: find_headlines(run.summary)) or []
+        run.sources = _note(run, "evaluation/summary.json", lambda: find_sources(run.summary)) or []
         if _note(run, "evaluation/summary.json", lambda: is_of_other_weights(folder, run.summary)):
-            run.summary, run.headlines, run.is_outdated = None, [], True
+            run.summary, run.headlines, run.sources, run.is_outdated = None, [], [], True
     if run.best is None and not run.headlines and not run.problems:
         run.problems += [] if (folder / "config.json").exists() else ["config.json: not there"]
     run.marks = _note(run, "evaluation/summary.json", lambda: list_marks(run)) or []
@@ -175,10 +189,20 @@ def _read_epochs(path: Path) -> pd.DataFrame:
 
 def find_headlines(summary: Mapping[str, Any]) -> list[Headline]:
     """Return the headline of each test cohort and region of an audit's summary, in the order shown."""
-    headlines = []
     cohorts = summary["cohorts"]
-    for cohort in (name for name in TESTED if name in cohorts):
-        for region, modes in cohorts[cohort].items():
+    return make_headlines({name: cohorts[name] for name in TESTED if name in cohorts})
+
+
+def find_sources(summary: Mapping[str, Any]) -> list[Headline]:
+    """Return the headline of each cohort trained on among the internal cases; empty where it is one."""
+    return make_headlines(summary.get("by_source", {}).get("internal", {}))
+
+
+def make_headlines(cohorts: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
+    """Return the headlines of {cohort: {region: modes}}; a cohort without a defined Dice has none."""
+    headlines = []
+    for cohort, regions in cohorts.items():
+        for region, modes in regions.items():
             scores = modes["tta" if "tta" in modes else "plain"]
             dice, patients = dict(scores["dice"]), int(scores["n_patients"])
             if dice["mean"] is None:

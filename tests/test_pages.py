@@ -15,14 +15,17 @@ import yaml
 from audit import pages
 from audit.compare import compare_runs
 from audit.comparison_page import draw_scatter
-from audit.model_card import as_block, as_code
+from audit.model_card import as_block, as_code, make_card
 from audit.pages import write_index, write_run_pages
 from audit.runs import read_run
+from cohort.selection import TrainingSource
 from cohort.split import split_sha256
 from dataset_balance_v2 import balance_shares, balance_slices
 from runtime.checkpoints import save_checkpoint
+from runtime.command import to_plain
 from runtime.files import file_sha256, write_json
 from tests.test_compare import CASES, write_run
+from train_drunet_v2 import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD = "<img src=x onerror=alert(1)> & 'x' `b` | \"q\""
@@ -44,6 +47,7 @@ def make_run(folder: Path, mean: float | None = 0.8, n: int = 7, kind: str = "ph
         "command": "python train_drunet_v2.py --run `x`",
         "data_kind": kind,
         "held_out": ["secret_case"],
+        "joined_patients": {"secret_case": "secret_case_again"},
     }
     config |= {"split_patients": {"train": 2, "validation": 1, "test": 2}, "skipped": []}
     write_json(folder / "config.json", config)
@@ -195,6 +199,52 @@ def test_a_card_has_the_front_matter_that_hubs_read_and_numbers_with_their_inter
     assert "model-index" not in text
     assert "Not audited yet" in text
     assert "synthetic-data" in text
+
+
+def test_a_card_lists_every_setting_that_makes_another_network(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    config = json.loads((run / "config.json").read_text())
+    settings = to_plain(TrainConfig(keep="last", source=TrainingSource(cohort_weights=(1.0, 2.0))))
+    write_json(run / "config.json", config | settings | {"se_form": "slab", "data_dir": "secret_folder"})
+    card = make_card(read_run(run))
+    listed = set(re.findall(r"^\| `(\w+)` \|", card.partition("## Settings")[2], re.MULTILINE))
+    places = {"run", "results_dir", "resume", "config", "data_dir", "hold_out_dir", "mapping", "split"}
+    places |= {"different", "cache_dir"}
+    machine = {"fold", "device", "workers", "compile", "checkpointing", "probe", "rate_since"}
+    assert listed == set(settings) - places - machine
+    assert "| `cohort_weights` | `1.0 2.0` |" in card
+    assert "| `init` | `none` |" in card
+    assert (
+        "The last epoch (2) was kept. Validation chose the threshold (WT 0.40) and the post-processing."
+        in card
+    )
+    assert "means over the whole slab" in card
+    write_json(run / "config.json", config | settings)
+    write_run_pages(run)
+    assert "means over the whole slab" not in (run / "MODEL_CARD.md").read_text()
+    assert "It chose the threshold, so it is no result." in Reader(run / "index.html").text
+
+
+def test_a_run_on_several_cohorts_shows_its_number_on_each(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", n=9)
+    path = run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    scores = {
+        name: {"dice": dice(mean, n), "n_cases": n, "n_patients": n}
+        for name, mean, n in (("a", 0.9, 6), ("b", 0.6, 3))
+    }
+    summary["by_source"] = {"internal": {name: {"WT": {"tta": each}} for name, each in scores.items()}}
+    summary["by_source"]["validation"] = {"c": {"WT": {"tta": scores["a"]}}}
+    write_json(path, summary)
+    write_run_pages(run)
+    card, page = (run / "MODEL_CARD.md").read_text(), Reader(run / "index.html").text
+    assert "| internal, `a` alone | `WT` | 0.900 | 95 % CI 0.850 to 0.950 | 0.910 | 6 / 6 | yes |" in card
+    assert (
+        "| internal, `b` alone | `WT` | 0.600 | range 0.500 to 0.700, n = 3 | 0.610 | 3 / 3 | yes |" in card
+    )
+    assert "- 3 patients in the smallest test above" in card
+    assert "those of b alone, WT: 0.600, range 0.500 to 0.700, n = 3" in page
+    assert "those of c alone" not in page
 
 
 def test_code_in_markdown_ends_where_it_should() -> None:

@@ -337,7 +337,18 @@ def test_a_run_on_two_cohorts_is_trained_resumed_audited_and_used(cohorts, tmp_p
         own = rows[(rows["cohort"] == "internal") & (rows["source"] == source) & (rows["mode"] == "tta")]
         assert part["n_cases"] == len(own) > 0
         assert part["dice"]["mean"] == pytest.approx(own["dice"].mean())
-    assert "Per cohort trained on" in (folder / "evaluation" / "report.html").read_text()
+    report = (folder / "evaluation" / "report.html").read_text()
+    assert "Per cohort trained on" in report
+    parts = summary["by_source"]["internal"]
+    for source, part in parts.items():
+        assert f">{source}, {part['WT']['tta']['n_cases']} case" in report  # in the headline
+    for line in ("internal: first", "internal: second", "external"):
+        assert f"<option>{line}</option>" in report
+        assert f'data-cohort="{line}"' in report
+    for name in ("index.html", "MODEL_CARD.md"):
+        page = (folder / name).read_text()
+        assert "sub-004" not in page  # which is one patient with a case of the other cohort
+        assert shared not in page
     if {"sub-004", shared} <= set(split["test"]):
         assert summary["cohorts"]["internal"]["WT"]["tta"]["n_patients"] == len(split["test"]) - 1
 
