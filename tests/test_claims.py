@@ -207,5 +207,5 @@ def test_a_run_is_resumed_from_inside_its_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(checkpoints, "load_checkpoint", lambda _: content)
     (tmp_path / "old").mkdir()
     monkeypatch.chdir(tmp_path / "old")
-    settings = settings_of_resumed(Path(), lambda defaults: defaults, train.TrainConfig)
+    settings = settings_of_resumed(Path(), lambda defaults: defaults)
     assert Path(settings.results_dir, settings.run) == tmp_path / "old"

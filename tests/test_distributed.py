@@ -19,8 +19,8 @@ from cohort.split import split_cases
 from dataset_balance_v2 import BalancedSampler
 from runtime.checkpoints import load_checkpoint
 from runtime.files import write_json
-from train_drunet_v2 import TrainConfig
 from training.resume import share_batch
+from training.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--size", "48", "--widths", "4", "8", "16", "--slabs-per-epoch", "52", "--workers", "0"]

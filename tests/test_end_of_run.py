@@ -14,7 +14,7 @@ from runtime.checkpoints import load_checkpoint
 from runtime.log import log
 from runtime.state import TrainState
 from tests.test_nothing_lost import train
-from train_drunet_v2 import TrainConfig
+from training.settings import TrainConfig
 from utils_v2 import THRESHOLDS
 
 VALIDATION_DICE = [0.2, 0.8, 0.5, 0.4]  # of the epochs, in place of what the networks reach

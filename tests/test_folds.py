@@ -35,8 +35,9 @@ from inference_v2 import (
 )
 from runtime.checkpoints import load_checkpoint, newest_run, save_checkpoint
 from runtime.command import parse, to_plain
-from train_drunet_v2 import TrainConfig, choose_settings
+from train_drunet_v2 import choose_settings
 from training.resume import share_batch
+from training.settings import TrainConfig
 from training.start import place_run
 
 ROOT = Path(__file__).resolve().parents[1]

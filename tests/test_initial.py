@@ -21,7 +21,8 @@ from runtime.checkpoints import load_checkpoint, save_checkpoint
 from runtime.command import parse, to_plain
 from runtime.state import Recipe, start_state
 from tests.test_commands import TINY, complaint, run
-from train_drunet_v2 import TrainConfig, choose_settings
+from train_drunet_v2 import choose_settings
+from training.settings import TrainConfig
 from training.start import make_state
 
 CPU = torch.device("cpu")

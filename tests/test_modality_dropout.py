@@ -19,7 +19,7 @@ from cohort.selection import TrainingSource
 from dataset_balance_v2 import BalancedSampler, SlabDataset, drop_modalities, make_train_loader, slice_table
 from export_v2 import describe_checkpoint
 from inference_v2 import InferenceConfig, TrainedModel
-from train_drunet_v2 import TrainConfig
+from training.settings import TrainConfig
 from training.start import place_run
 
 FOUR = ("flair", "t1", "t1ce", "t2")

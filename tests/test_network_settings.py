@@ -15,8 +15,8 @@ from runtime import onnx_file
 from runtime.checkpoints import save_checkpoint
 from runtime.command import check_settings, from_plain, is_of_type, parse
 from runtime.onnx_check import check_onnx
-from train_drunet_v2 import TrainConfig
 from training.resume import settings_of_resumed
+from training.settings import TrainConfig
 
 CPU = torch.device("cpu")
 CONFIG = {"modalities": ("flair",), "regions": ("WT",), "context": 1, "size": 32, "widths": (4, 8)}
@@ -67,7 +67,7 @@ def test_settings_of_a_checkpoint_are_held_against_their_ranges(
         load_model(path, CPU)
     if words not in ("widths 4096", "multiple of 2"):  # in range, and held against the weights
         with input_error(path, words):
-            settings_of_resumed(path.parent, parse, TrainConfig)
+            settings_of_resumed(path.parent, parse)
     assert time.process_time() - started < 1
 
 

@@ -23,7 +23,8 @@ from runtime.files import file_sha256
 from runtime.log import close_log, log_to_file
 from runtime.log import log as says
 from tests.kill_trials import compare
-from train_drunet_v2 import TrainConfig, choose_settings, main
+from train_drunet_v2 import choose_settings, main
+from training.settings import TrainConfig
 
 ExpectInputError = Callable[..., AbstractContextManager[None]]
 

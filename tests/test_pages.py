@@ -25,7 +25,7 @@ from runtime.checkpoints import save_checkpoint
 from runtime.command import to_plain
 from runtime.files import file_sha256, write_json
 from tests.test_compare import CASES, write_run
-from train_drunet_v2 import TrainConfig
+from training.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD = "<img src=x onerror=alert(1)> & 'x' `b` | \"q\""

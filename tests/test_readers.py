@@ -30,7 +30,7 @@ from runtime.files import check_output, check_output_folder, read_json, write_at
 from runtime.plain import find_misfit, parse_json
 from runtime.tables import parse_csv
 from tests.fuzz.targets import FACTS, network_content
-from train_drunet_v2 import TrainConfig
+from training.settings import TrainConfig
 
 # ------------------------------------------------------------------------------------------------------------
 # Plain values

@@ -23,7 +23,7 @@ from cohort.split import split_cases
 from dataset_balance_v2 import balance_cohorts, balance_slices
 from runtime.checkpoints import load_checkpoint
 from runtime.command import from_plain, parse, to_plain
-from train_drunet_v2 import TrainConfig
+from training.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE, SPACING_MM = (16, 48, 48), (10.0, 5.0, 5.0)  # as conftest.phantom_cohort

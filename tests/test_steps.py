@@ -18,8 +18,9 @@ from runtime.errors import InputError
 from runtime.place import start_epoch
 from runtime.state import Clock, Recipe, TrainState, start_state
 from runtime.steps import MOST_IN_A_ROW
-from train_drunet_v2 import TrainConfig, train_one_epoch, validate_epoch
+from train_drunet_v2 import train_one_epoch, validate_epoch
 from training.run import Run
+from training.settings import TrainConfig
 
 CPU = torch.device("cpu")
 BATCH, ROWS = 2, 12

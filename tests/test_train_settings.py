@@ -15,13 +15,9 @@ from cohort.selection import TrainingSource
 from runtime.checkpoints import save_checkpoint
 from runtime.command import parse, to_plain
 from runtime.state import Recipe, start_state
-from train_drunet_v2 import (
-    DEMO,
-    PRESETS,
-    TrainConfig,
-    choose_settings,
-)
+from train_drunet_v2 import choose_settings
 from training.schedule import follow_cosine
+from training.settings import DEMO, PRESETS, TrainConfig
 from training.start import place_run
 
 

@@ -1,6 +1,6 @@
 """What follows validation: the log, the weights kept, and whether the run goes on."""
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from runtime.place import Place
 from runtime.state import Clock, TrainState
 from training.run import Run, how_to_resume
 from training.schedule import drop_rate_where_due
+from training.settings import TrainConfig
 from utils_v2 import AT_HALF, THRESHOLDS, choose_thresholds
 
 
@@ -84,7 +85,7 @@ def write_best(run: Run, state: TrainState, dice: np.ndarray) -> None:
     checkpoints.save_checkpoint(run.folder / "best.pt", content | run.facts)
 
 
-def has_stalled(config: Any, state: TrainState) -> bool:
+def has_stalled(config: TrainConfig, state: TrainState) -> bool:
     """Return whether validation Dice has not risen for --early-stop epochs."""
     return state.epoch - max(state.best_epoch, config.rate_since) >= config.early_stop
 

@@ -3,32 +3,29 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cohort import folds
 from cohort.network import check_network_settings, complete_settings
 from runtime import checkpoints, command, files, rates
 from runtime.errors import InputError
+from training.settings import TrainConfig
 
-Settings = TypeVar("Settings", bound=Any)  # train_drunet_v2.TrainConfig, which no folder imports
 # What a resumed run may change: how long it goes on and where. --epochs and --max-minutes also move the drop
 # of the learning rate (--drop-by); one that has happened stays.
 RESUMABLE = ("epochs", "max_minutes", "early_stop", "workers", "device", "cache_dir", "compile")
 RESUMABLE += ("checkpointing", "probe")
 
 
-def settings_of_resumed(folder: Path, parse: Callable[..., Settings], kind: type[Settings]) -> Settings:
-    """Return the settings of a run to go on with; InputError where the command line contradicts them.
-
-    `kind` is the class of the settings, TrainConfig.
-    """
+def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
+    """Return the settings of a run to go on with; InputError where the command line contradicts them."""
     if folder.name in ("", ".."):  # --resume . has no name
         folder = folder.resolve()
     if folds.is_run_of_folds(folder):
-        return settings_of_folds(folder, parse, kind)
+        return settings_of_folds(folder, parse)
     checkpoint, _ = checkpoints.load_last(folder)
     check_network_settings(folder / "last.pt", checkpoint.get("config"))
-    saved = command.from_plain(kind, complete_settings(checkpoint["config"]), folder / "last.pt")
+    saved = command.from_plain(TrainConfig, complete_settings(checkpoint["config"]), folder / "last.pt")
     defaults = dataclasses.replace(
         saved,
         resume=str(folder),
@@ -45,10 +42,10 @@ def settings_of_resumed(folder: Path, parse: Callable[..., Settings], kind: type
     return settings
 
 
-def settings_of_folds(folder: Path, parse: Callable[..., Settings], kind: type[Settings]) -> Settings:
+def settings_of_folds(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
     """Return the settings of a run of folds to go on with; --max-minutes stays that of each fold."""
     own = files.read_json(folder / "config.json", "--resume", "a run")
-    saved = command.from_plain(kind, complete_settings(own))
+    saved = command.from_plain(TrainConfig, complete_settings(own))
     place = {"results_dir": str(folder.parent), "run": folder.name, "config": None}
     defaults = dataclasses.replace(saved, resume=str(folder), **place)
     settings = parse(defaults)
@@ -56,7 +53,7 @@ def settings_of_folds(folder: Path, parse: Callable[..., Settings], kind: type[S
     return settings
 
 
-def refuse_changes(folder: Path, settings: Any, before: dict[str, Any], free: Sequence[str]) -> None:
+def refuse_changes(folder: Path, settings: TrainConfig, before: dict[str, Any], free: Sequence[str]) -> None:
     """Raise InputError where settings that are not free are others than those of the run resumed."""
     for name, value in command.to_plain(settings).items():
         if value != before[name] and name not in free:
@@ -66,7 +63,7 @@ def refuse_changes(folder: Path, settings: Any, before: dict[str, Any], free: Se
             )
 
 
-def share_batch(config: Settings, before: int, now: int) -> Settings:
+def share_batch(config: TrainConfig, before: int, now: int) -> TrainConfig:
     """Return settings by which `now` ranks move the weights after as many slabs as `before` ranks did.
 
     Where it can, --accumulate changes and the batch on each rank stays; else that batch. InputError where the

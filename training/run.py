@@ -9,19 +9,19 @@ import torch
 
 from cohort import folds, phantom
 from runtime.state import TrainState
+from training.settings import TrainConfig
 
 
 @dataclass(frozen=True)
 class Run:
     """A run's fixed facts: settings, folder, device, and what its checkpoints say of the data."""
 
-    config: Any  # TrainConfig of train_drunet_v2, which no folder imports
+    config: TrainConfig
     folder: Path
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None is float32
-    facts: dict[
-        str, Any
-    ]  # data_kind, held_out, skipped, split_sha256, spacing_mm, and the identities of the cases seen
+    # data_kind, held_out, skipped, split_sha256, spacing_mm, and the identities of the cases seen
+    facts: dict[str, Any]
     records: dict[str, bytes] = field(default_factory=dict)  # files that resuming and the audit need
 
     @property

@@ -5,7 +5,6 @@ import functools
 import itertools
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +18,11 @@ from runtime import checkpoints, claims, command, cost, cpu_threads, files, mach
 from runtime.errors import InputError
 from runtime.log import log, log_to_file
 from runtime.state import Recipe, TrainState, start_state
-from training.resume import Settings
 from training.run import Run
+from training.settings import TrainConfig
 
 
-def place_run(config: Settings) -> Settings:
+def place_run(config: TrainConfig) -> TrainConfig:
     """Return the settings with data folder and run name; the demo's phantoms are made where missing.
 
     The run's folder is this program's until it ends; InputError where another one has it.
@@ -53,7 +52,7 @@ def place_run(config: Settings) -> Settings:
 
 
 def make_state(
-    config: Any,
+    config: TrainConfig,
     device: torch.device,
     dtype: torch.dtype | None,
     weights: initial.InitialWeights | None = None,
@@ -85,7 +84,9 @@ def make_state(
     return start_state(network, recipe)
 
 
-def open_run(config: Any, device: torch.device, dtype: torch.dtype | None) -> tuple[Run, selection.Selection]:
+def open_run(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Run, selection.Selection]:
     """Make the run's folder, choose its cases, and write config.json."""
     folder = Path(config.results_dir) / config.run
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from runtime.command import from_plain, to_plain
 from runtime.errors import InputError
 from runtime.files import is_written_by_us, read_json, write_output
 from tests.fuzz.mutate import mend_png, mutate_bytes, mutate_plain
-from train_drunet_v2 import TrainConfig
+from training.settings import TrainConfig
 
 SEEDS = Path(__file__).parent / "seeds"
 SHAPE = (5, 6, 4)  # X, Y, Z of the volumes
