@@ -120,6 +120,8 @@ def write_program(
     program: torch.export.ExportedProgram, metadata: dict[str, Any], path: Path, overwrite: bool = False
 ) -> None:
     """Write a graph as a torch.export file; `torch.export.load(path).module()` needs no code of ours."""
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # names folders of this machine
     extra = {"metadata.json": json.dumps(metadata)}
     write_output(path, lambda target: torch.export.save(program, str(target), extra_files=extra), overwrite)
 

@@ -43,6 +43,7 @@ from audit.folds import (
     join_leakage,
     join_seen,
 )
+from audit.kinds import find_kinds, list_phantoms
 from audit.measure import mean_spread, mean_uncertainty, measure_case, summarise_all
 from audit.pages import write_run_pages
 from audit.postprocess import postprocess, settings_of, threshold_regions
@@ -300,6 +301,7 @@ def main(config: EvaluationConfig) -> None:
         averaged_over += f"; {describe_average(rows, len(audited.folds))}"
     summary = {
         "data_kind": model.checkpoint["data_kind"],
+        "kinds": find_kinds(audited.cohorts),
         "includes_seen_cases": bool(len(select_proven(leakage))),
         "seen_in_training": audited.seen,
         "leakage_grades": count_grades(leakage),
@@ -307,14 +309,15 @@ def main(config: EvaluationConfig) -> None:
         "averaged_over": averaged_over,
         "cohorts": summarise_all(rows, model.regions, config.seed),
         **summarise_by_source(rows, model.regions, config.seed),
-        **count_missing(audited.cohorts),
+        **count_missing(audited.cohorts, fingerprint_modality(model.modalities)),
         "calibration": summarise_bins(model, audits["validation"].bins),
         "postprocessing": model.checkpoint.get("postprocessing"),
         "threshold": dict(zip(model.regions, model.thresholds, strict=True)),
         "checkpoint_sha256": audited.checkpoint_sha256,
+        "weights_sha256": model.checkpoint["weights_sha256"],
         "split_sha256": audited.split_sha256,
         "versions": describe_versions(),
-        "hardware": describe_machine(model.device),
+        "hardware": describe_machine(model.device, model.dtype),
         "command": command_line(),
         "ranks": world_size(),
         "settings": dataclasses.asdict(config),
@@ -327,7 +330,8 @@ def main(config: EvaluationConfig) -> None:
     kept = {cohort: audit.kept for cohort, audit in audits.items()}
     open_case = open_cases(audited.cohorts, kept, model.modalities)
     notes = list_notes(audited.cohorts, leakage, model.find_doubts)
-    results = AuditResults(run, summary, rows, leakage, counts, open_case, notes)
+    phantoms = list_phantoms(audited.cohorts)
+    results = AuditResults(run, summary, rows, leakage, counts, open_case, notes, phantoms)
     write_report(folder / "report.html", results, draw_figures(results, folder), config.browse)
     log.info("report: %s", folder / "report.html")
     if folder == run / "evaluation":

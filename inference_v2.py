@@ -204,7 +204,7 @@ def join_models(files: Sequence[Path], models: Sequence[TrainedModel]) -> Traine
     joined = join_checkpoints(files, checkpoints)
     joined["postprocessing"] = {"settings": join_settings([settings_of(each) for each in checkpoints])}
     thresholds = ", ".join(f"{value:.3g}" for value in joined["thresholds"])
-    log.info("the mean of %d networks, threshold %s, the mean of theirs", len(models), thresholds)
+    log.info("the mean of %d networks, whose mean threshold is %s", len(models), thresholds)
     return dataclasses.replace(
         models[0],
         network=Members([model.network for model in models]),

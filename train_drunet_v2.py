@@ -75,7 +75,7 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         raise InputError("--config", "a resumed run has its own settings", "leave --config or --resume out")
     if typed.resume:
         return settings_of_resumed(Path(typed.resume), parse)
-    if typed.config and typed.preset != "published":
+    if typed.config and parse(TrainConfig(preset="strong")).preset == parse(TrainConfig()).preset:
         raise InputError(f"--preset {typed.preset}", "--config has all settings", "leave one of them out")
     if typed.config:
         settings = command.from_plain(
@@ -280,7 +280,8 @@ def add_postprocessing(run: Run, cases: Sequence[cache.PreparedCase]) -> None:
     chosen = postprocess.describe_postprocessing(choice["settings"])
     log.info(
         f"post-processing chosen on validation: {chosen}; Dice "
-        f"{before:.4f} without, {after:.4f} with, mean over regions and {len(cases)} cases, no TTA"
+        f"{before:.4f} without, {after:.4f} with, mean over regions and {len(cases)} cases, threshold "
+        f"{', '.join(f'{value:.2f}' for value in best.thresholds)}, no TTA"
     )
 
 
@@ -326,6 +327,8 @@ def train_epochs(
             break
         choose_threads(run, state.network)
         figures = train_one_epoch(run, state, loader, clock, place)
+        if clock.is_out() and place.steps < len(loader):
+            log.info(f"--max-minutes is over: this epoch ends after step {place.steps} of {len(loader)}")
         if not ranks.agree_to_stop():
             begun = time.monotonic()
             ranks.average_buffers(state.network)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from audit.comparison_page import write_comparison_page
+from audit.comparison_page import note_of_modes, write_comparison_page
+from audit.kinds import KIND_WORDS, kind_of, note_kind
 from audit.pages import attempt, write_index
 from audit.plots import plot_comparison
 from audit.results import read_summary
@@ -191,22 +192,29 @@ def tabulate_comparison(cohorts: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def count_alone(rows: pd.DataFrame, paired: pd.DataFrame) -> int:
+    """Return how many cases of one table are not among those compared."""
+    tested, common = (table[["cohort", "case"]].drop_duplicates() for table in (rows, paired))
+    if is_given(rows):  # which are compared under the cohorts of the run beside them
+        return int((~tested["case"].isin(common["case"])).sum())
+    return len(set(tested.itertuples(index=False)) - set(common.itertuples(index=False)))
+
+
 def summarise_comparison(
     runs: Sequence[Path], rows: Sequence[pd.DataFrame], paired: pd.DataFrame, seed: int
 ) -> dict[str, Any]:
-    """Return what comparison.json holds: runs and rows of A and B, and the rows of both together."""
+    """Return what comparison.json holds: runs and rows of A and B as read, and the rows of both together."""
     summaries = [read_summary(run / "evaluation" / "summary.json") for run in runs]
-    is_phantom = any(summary["data_kind"] == "phantom" for summary in summaries)
-    cases = [set(zip(table["cohort"], table["case"], strict=True)) for table in rows]
+    kinds = {kind_of(each, cohort) for each in summaries for cohort in paired["cohort"].unique()}
     return {
         "run_a": str(runs[0]),
         "run_b": str(runs[1]),
-        "data_kind": "phantom" if is_phantom else "real",
+        "data_kind": kinds.pop() if len(kinds) == 1 else "mixed",
         "masks_as_given": {name: find_scores(run) is not None for name, run in zip("ab", runs, strict=True)},
         "averaged_over": "per case, then the mean over the cases both runs audited; difference is A - B; "
         "ci95 by bootstrap over patients; p by flipping the sign of each patient's differences",
-        "n_cases_only_a": len(cases[0] - cases[1]),
-        "n_cases_only_b": len(cases[1] - cases[0]),
+        "n_cases_only_a": count_alone(rows[0], paired),
+        "n_cases_only_b": count_alone(rows[1], paired),
         "cohorts": compare_rows(paired, seed),
         "metrics_sha256": [file_sha256(run / "evaluation" / "metrics_per_case.csv") for run in runs],
         "command": command_line(),
@@ -217,19 +225,12 @@ def log_comparison(comparison: dict[str, Any]) -> None:
     """Log what comparison.json holds."""
     log.info("A %s\nB %s", comparison["run_a"], comparison["run_b"])
     alone = (comparison["n_cases_only_a"], comparison["n_cases_only_b"])
-    log.info("audited by A alone: %d, by B alone: %d cases", *alone)
-    if comparison["data_kind"] == "phantom":
-        log.warning("These are %s.", PHANTOM_NOTE)
+    log.info("not compared: %d cases of A, %d of B, which the other was not tested on or had seen", *alone)
+    if comparison["data_kind"] != "real":
+        words = PHANTOM_NOTE if comparison["data_kind"] == "phantom" else KIND_WORDS["mixed"]
+        log.warning("These are %s.", words)
     table = tabulate_comparison(comparison["cohorts"])
     log.info("mean over cases%s:\n%s", note_of_modes(comparison), table.to_string(index=False))
-
-
-def note_of_modes(comparison: dict[str, Any]) -> str:
-    """Return what a title says of the masks compared."""
-    given = [name.upper() for name, is_given in comparison["masks_as_given"].items() if is_given]
-    if len(given) == 2:
-        return ", masks as given"
-    return f", with TTA, masks of {given[0]} as given" if given else ", with TTA"
 
 
 def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
@@ -242,14 +243,15 @@ def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
     first, second = folders = [Path(run) for run in runs]
     if first.resolve() == second.resolve():
         raise InputError("--compare", f"{first} and {second} are one run", "name another")
-    rows = align_given([read_rows(folder) for folder in folders])
-    refuse_leak(folders, rows)
-    paired = pair_rows(folders, rows)
+    rows = [read_rows(folder) for folder in folders]
+    aligned = align_given(rows)
+    refuse_leak(folders, aligned)
+    paired = pair_rows(folders, aligned)
     comparison = summarise_comparison(folders, rows, paired, seed)
     folder = Path(output) if output else first.parent / f"comparison_{first.name}_{second.name}"
     write_json(folder / "comparison.json", comparison)
     note = note_of_modes(comparison)
-    note += f" ({PHANTOM_NOTE})" if comparison["data_kind"] == "phantom" else ""
+    note += note_kind(comparison["data_kind"])
     plot_comparison(folder / "comparison.png", paired, comparison["cohorts"], (first.name, second.name), note)
     log_comparison(comparison)
     page, table = folder / "comparison.html", tabulate_comparison(comparison["cohorts"])

@@ -53,7 +53,7 @@ def write_comparison_page(
         shown={pair["key"] for pair in pairs},
         case_count=len(set(keys)),
         limit_mb=PAGE_BYTES // 1_000_000,
-        mode="with TTA" if headline_mode(paired) == "tta" else "masks as given",
+        mode=note_of_modes(comparison).removeprefix(", "),
         cards=list_cards(comparison),
         panels=[
             draw_scatter(rows, cohort, region)
@@ -83,12 +83,22 @@ def describe_pair(rows: pd.DataFrame, key: str) -> str:
     return f"{of_case['cohort'].iloc[0]}. {'; '.join(numbers)}"
 
 
+def note_of_modes(comparison: dict[str, Any]) -> str:
+    """Return what a title says of the masks compared."""
+    given = [name.upper() for name, is_given in comparison["masks_as_given"].items() if is_given]
+    if len(given) == 2:
+        return ", masks as given"
+    return f", with TTA, masks of {given[0]} as given" if given else ", with TTA"
+
+
 def list_comparison_marks(comparison: Mapping[str, Any], shows_cases: bool) -> list[str]:
     """Return what qualifies the differences, in sentences."""
     marks = []
     if comparison["data_kind"] == "phantom":
         marks.append("Synthetic phantoms, not a BraTS result.")
-    else:
+    elif comparison["data_kind"] == "mixed":
+        marks.append("Some of the cases are synthetic phantoms, not a BraTS result.")
+    if comparison["data_kind"] != "phantom":
         what = "shows and names patients" if shows_cases else "names cases of patients"
         marks.append(f"Real data: this page {what}. Mind the terms of the data before you send it.")
     for name, is_given in comparison["masks_as_given"].items():
@@ -99,7 +109,8 @@ def list_comparison_marks(comparison: Mapping[str, Any], shows_cases: bool) -> l
     alone = {name: comparison[f"n_cases_only_{name}"] for name in "ab"}
     if any(alone.values()):
         marks.append(
-            f"Not compared: {alone['a']} case(s) that A alone was tested on, {alone['b']} that B alone was."
+            f"Not compared: {alone['a']} case(s) of A and {alone['b']} of B, on which the other was not "
+            "tested, or which it had seen."
         )
     return marks
 

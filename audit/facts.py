@@ -45,7 +45,7 @@ class ModelFacts(TypedDict, total=False):
 
     thresholds: tuple[Share, ...]
     postprocessing: Postprocessing | None
-    data_kind: Literal["phantom", "real"]
+    data_kind: Literal["phantom", "real", "mixed"]
     epoch: CountOrZero
     validation_dice: Share
     spacing_mm: TrainingSpacing | None

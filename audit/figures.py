@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from audit.kinds import kind_of, kind_tested, note_kind
 from audit.overlays import plot_ranked_cases, take_picture
 from audit.plots import (
     plot_bland_altman,
@@ -17,7 +18,6 @@ from audit.plots import (
     save_chart,
 )
 from audit.results import AuditResults, CasePicture, CaseVolumes, headline_mode, rank_cases
-from cohort.phantom import PHANTOM_NOTE
 from runtime.errors import InputError
 from runtime.log import log
 from runtime.tables import read_columns
@@ -34,7 +34,7 @@ CAPTIONS = {
     "the three views of TTA, mean over the predicted voxels, or the brain's where nothing is predicted (open "
     "marks).",
     "precision_recall.png": "Precision and recall over thresholds, voxels pooled, with TTA; the ring is the "
-    "threshold used.",
+    "threshold used. Each region by itself, before nesting and post-processing.",
     "calibration.png": "Calibration on validation: share of reference tumour among the brain's voxels of "
     "each probability, and how many voxels there are (voxels pooled, before post-processing).",
     "training_curves.png": "Training: loss, Dice and learning rate over epochs.",
@@ -53,7 +53,7 @@ NEED_NETWORK = ("tta_gain.png", "dice_against_uncertainty.png", "precision_recal
 def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     """Draw every figure into `folder` and return {caption: path} in the order of the report."""
     summary, cohorts = results.summary, results.summary["cohorts"]
-    note = f" ({PHANTOM_NOTE})" if summary["data_kind"] == "phantom" else ""
+    note = note_kind(kind_tested(summary))
     tested = results.rows[results.rows["cohort"] != "validation"]
     mode = headline_mode(results.rows)
     captions = {
@@ -64,7 +64,8 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
     log_path = results.run / "log.csv"
     epochs = read_epochs(log_path)
     if len(epochs):
-        plot_curves(folder / "training_curves.png", epochs, results.run.name + note, save_chart)
+        title = results.run.name + note_kind(summary["data_kind"])
+        plot_curves(folder / "training_curves.png", epochs, title, save_chart)
     else:
         del captions["training_curves.png"]
     plot_dice_per_case(folder / "dice_per_case.png", tested, cohorts, note)
@@ -74,7 +75,7 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
         plot_tta_gain(folder / "tta_gain.png", tested, cohorts, note)
         path = folder / "dice_against_uncertainty.png"
         if "uncertainty" in tested:
-            plot_dice_against_uncertainty(path, tested, cohorts, note)
+            plot_dice_against_uncertainty(path, tested, cohorts, note, bool(summary.get("folds")))
         else:
             del captions[path.name]
         path = folder / "precision_recall.png"
@@ -92,7 +93,8 @@ def draw_figures(results: AuditResults, folder: Path) -> dict[str, Path]:
             f"{rank}: {case}, Dice {dice:.3f}": picture_first_region(results.open_case(cohort, case))
             for rank, (case, dice) in ranked.items()
         }
-        plot_ranked_cases(folder / f"cases_{cohort}.png", panels, f"{cohort}, {region}{note}")
+        title = f"{cohort}, {region}{note_kind(kind_of(summary, cohort))}"
+        plot_ranked_cases(folder / f"cases_{cohort}.png", panels, title)
         names = {1: "The", 2: "Best and worst", 3: "Best, median and worst"}[len(ranked)]
         caption = f"{names} {cohort} case by {region} Dice, with TTA."
         captions[f"cases_{cohort}.png"] = caption if mode == "tta" else without_tta(caption)

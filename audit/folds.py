@@ -23,6 +23,7 @@ def describe_fold(number: int, model: Any, checkpoint: Path, split: Mapping[str,
         "threshold": dict(zip(model.regions, model.thresholds, strict=True)),
         "postprocessing": model.checkpoint.get("postprocessing"),
         "checkpoint_sha256": file_sha256(checkpoint),
+        "weights_sha256": model.checkpoint["weights_sha256"],
         "split_sha256": split["sha256"],
     }
 

@@ -2,9 +2,10 @@
 
 TERMS = {
     "case": "One scan of the cohort; some patients have several.",
-    "cohort": "internal: the run's own test cases, never used in training. external: cases of another "
-    "source. external_unseen: external without the cases found in training. validation: what threshold, "
-    "post-processing and epoch were chosen on. predictions: masks of another tool.",
+    "cohort": "internal: the run's own test cases, kept from training and validation of the network that "
+    "tests them. external: cases of another source. external_unseen: external without the cases found in "
+    "training. validation: what threshold and post-processing were chosen on, with --keep best the epoch "
+    "too. predictions: masks of another tool.",
     "region": "WT whole tumour, TC tumour core, ET enhancing tumour.",
     "mode": "plain: the network once. TTA: the mean probability of the slice and its two flips.",
     "cases / patients": "How many cases and patients the numbers are of.",
@@ -47,8 +48,8 @@ TERMS = {
     "uncertain ones": "How many of them have a probability from 0.05 to 0.95.",
     "rank correlation of Dice and uncertainty": "Spearman's over cases: near -1 a high uncertainty means "
     "a low Dice, near 0 it says nothing. None below three cases.",
-    "uncertainty": "SD of the probability over the three views of TTA, mean over the predicted voxels, or "
-    "over the brain where nothing is predicted.",
+    "uncertainty": "SD of the probability over the three views of TTA, or over the networks where several "
+    "are averaged; mean over the predicted voxels, or over the brain where nothing is predicted.",
     "reference ml": "Volume of the reference.",
     "prediction ml": "Volume of the prediction.",
     "notes": "What is odd about the case: seen in training, spacing, intensities.",

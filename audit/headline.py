@@ -114,11 +114,12 @@ def describe_errors(row: Mapping[str, Any]) -> str:
     if not row["tp"]:
         return f"{prediction} predicted beside the {reference} of the reference"
     share = missed / (missed + extra)
-    words = f"{share:.0%} of its wrong voxels are missed tumour, {1 - share:.0%} too much"
+    region = row["region"]
+    words = f"{share:.0%} of its wrong voxels are missed {region}, {1 - share:.0%} too much"
     if share >= SHARE_OF_ERRORS:
-        words = f"misses tumour: {share:.0%} of its wrong voxels are missed tumour"
+        words = f"misses {region}: {share:.0%} of its wrong voxels are missed {region}"
     elif share <= 1 - SHARE_OF_ERRORS:
-        words = f"predicts too much: {1 - share:.0%} of its wrong voxels are no tumour"
+        words = f"predicts too much: {1 - share:.0%} of its wrong voxels are no {region}"
     lesions = [
         f"{_count(int(row[name]), f'{word} lesion')}"
         for name, word in (("lesions_fn", "missed"), ("lesions_fp", "false"))
@@ -187,7 +188,8 @@ def list_marks(
             f"The voxel spacing of {_count(assumed, 'tested case')} is not in the files and is assumed: "
             "volumes and distances are only as right as that."
         )
-    if (summary["postprocessing"] or {}).get("settings"):
+    chosen = [summary, *(summary.get("folds") or ())]
+    if any((each["postprocessing"] or {}).get("settings") for each in chosen):
         marks.append(
             f"The masks are post-processed ({postprocessing}). The numbers without are under All numbers, "
             "Post-processing."

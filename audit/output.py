@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import pandas as pd
 
+from audit.kinds import TRAINED_ON_PHANTOMS
 from audit.overlays import plot_overlay
 from cohort.cases import Case, is_stack_case, label_paths, save_labels, save_map
 from cohort.labels import labels_from_regions
@@ -137,8 +138,8 @@ def write_case(read: ReadCase, prediction: Prediction, output: Output) -> list[R
     spacing = "1 mm assumed, unknown" if case.layout == "slices" else "from the file"
     rows = []
     for index, (region, mask) in enumerate(zip(output.regions, masks, strict=True)):
-        volume_ml = round(float(mask.sum() * voxel_ml), 3)
-        row: Row = {"case": case.case_id, "region": region, "volume_ml": volume_ml}
+        volume_ml = float(mask.sum() * voxel_ml)
+        row: Row = {"case": case.case_id, "region": region, "volume_ml": round(volume_ml, 3)}
         row |= {"slices": int(mask.any((1, 2)).sum()), "spacing": spacing, "mask": str(written)}
         if prediction.spread is not None and mask.any():
             row["mean_spread"] = round(float(prediction.spread[index][mask].mean()), 4)
@@ -273,7 +274,7 @@ def report(output: Output, model: Any, rows: Sequence[Row]) -> None:
     table = write_table(output, rows)
     failures = log_table(table, rows)
     if model.checkpoint.get("data_kind") == "phantom":
-        log.warning("the network was trained on synthetic phantoms; its masks of real scans mean nothing")
+        log.warning(TRAINED_ON_PHANTOMS)
     log.info("masks, overlays and volumes.csv are in %s", output.folder)
     if failures:
         log.error("%d case(s) failed; `error` in volumes.csv says why", failures)

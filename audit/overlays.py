@@ -69,7 +69,7 @@ def plot_overlay(
             contours = [(masks[0][z], PREDICTION_COLOUR)]
         show_slice(axes, intensities[z], window, contours, spacing_mm)
         axes.set_title(f"slice {z}", color="white", fontsize=9)
-    note = f"prediction: {', '.join(regions)}" if len(rows) else "no tumour predicted"
+    note = f"prediction: {', '.join(regions)}" if len(rows) else f"no {', '.join(regions)} predicted"
     figure.suptitle(f"{case_id}, {note}", color="white", fontsize=10, parse_math=False)
     save_figure(figure, path)
 

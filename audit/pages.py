@@ -100,7 +100,7 @@ def write_run_page(path: Path, run: RunFacts) -> None:
         settings={name: settings[name] for name in SHOWN_SETTINGS if name in settings},
         all_settings=settings,
         keeps_last=config.get("keep") == "last",
-        left_out={name: len(config.get(name) or ()) for name in ("held_out", "skipped")},
+        config=config,
         provenance=list_provenance(run),
         card=make_card(run),
         has_report=(run.folder / "evaluation" / "report.html").is_file(),
@@ -139,7 +139,9 @@ def list_provenance(run: RunFacts) -> dict[str, Any]:
     """Return commands, hashes, hardware and versions of a run and of its audit."""
     config, summary, best = run.config or {}, run.summary or {}, run.folder / "best.pt"
     provenance = {
-        "training command": config.get("command"),
+        "training command": "\n".join([config["command"], *config.get("resumed_with", ())])
+        if config.get("command")
+        else None,
         "audit command": summary.get("command"),
         "split sha256": (run.split or {}).get("sha256"),
         "checkpoint sha256": file_sha256(best) if best.is_file() else None,

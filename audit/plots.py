@@ -114,7 +114,7 @@ def plot_curves(
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     loss, dice, rate = figure.subplots(1, 3)
     loss.plot(log["epoch"], log["train_loss"], color="#333c47", marker=".")
-    loss.set_ylabel("training loss (focal + Dice)")
+    loss.set_ylabel("training loss")
     dice.plot(log["epoch"], log["train_dice"], color=GREY, linestyle="--", label="training slabs, pooled")
     for column in log.columns[log.columns.str.startswith("validation_dice_")]:
         region = column.removeprefix("validation_dice_")
@@ -268,8 +268,13 @@ def plot_dice_against_volume(path: Path, rows: pd.DataFrame, note: str) -> None:
     save_chart(figure, path, dots)
 
 
-def plot_dice_against_uncertainty(path: Path, rows: pd.DataFrame, cohorts: dict, note: str) -> None:
-    """Draw Dice with TTA against the column `uncertainty`, with the rank correlation; empty masks open."""
+def plot_dice_against_uncertainty(
+    path: Path, rows: pd.DataFrame, cohorts: dict, note: str, is_of_folds: bool = False
+) -> None:
+    """Draw Dice with TTA against the column `uncertainty`, with the rank correlation; empty masks open.
+
+    Where the rows are of folds, external cases have the spread over the networks.
+    """
     figure, panels = _panels(rows, 5.2, 3.4)
     dots = []
     for (cohort, region), axes in panels.items():
@@ -283,7 +288,8 @@ def plot_dice_against_uncertainty(path: Path, rows: pd.DataFrame, cohorts: dict,
         known = "undefined" if found["spearman"] is None else f"{found['spearman']:+.2f}"
         axes.set_xlim(0, 1.08 * max(chosen["uncertainty"].fillna(0).max(), 1e-3))
         axes.set_ylim(-0.02, 1.02)
-        axes.set_xlabel("SD over the views of TTA, mean over predicted voxels")
+        over = "networks" if is_of_folds and cohort != "internal" else "views of TTA"
+        axes.set_xlabel(f"SD over the {over}, mean over predicted voxels")
         axes.set_ylabel(f"{region} Dice per case")
         axes.set_title(f"{cohort}: rank correlation {known}, n = {found['n']}", fontsize=10)
         tidy(axes)
@@ -326,7 +332,7 @@ def plot_precision_recall(
         axes.set_ylabel("precision, voxels pooled")
         axes.set_xlim(0, 1.01)
         axes.set_ylim(0, 1.01)
-        axes.set_title(f"{region}, ring at threshold {threshold:.2f} (chosen on validation)", fontsize=10)
+        axes.set_title(f"{region}, ring at threshold {threshold:.2f}", fontsize=10)
         axes.legend(frameon=False, fontsize=8, loc="lower left")
         tidy(axes)
     figure.suptitle(f"Precision and recall, with TTA\n{note.strip()}".rstrip(), fontsize=11)

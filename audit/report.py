@@ -23,13 +23,13 @@ from audit.browse import (
 from audit.folds import tabulate_folds
 from audit.glossary import TERMS
 from audit.headline import describe_errors, find_worst, list_marks, make_cards, write_sentences
+from audit.kinds import kind_tested, list_kind_warnings
 from audit.page import write_page
 from audit.postprocess import describe_postprocessing
 from audit.results import AuditResults, headline_mode
 from audit.sources import label_cohort
 from audit.statistics import format_spread
 from cohort.leakage import EVIDENCE, NOTES
-from cohort.phantom import PHANTOM_NOTE
 from runtime.files import mark_output_folder
 from runtime.log import log, progress
 
@@ -234,8 +234,7 @@ def list_warnings(summary: Mapping[str, Any]) -> list[str]:
             )
         if unknown := len(scored["unknown"]):
             warnings.append(f"{unknown} prediction(s) belong to no case with a reference and are not scored.")
-    if summary["data_kind"] == "phantom":
-        warnings.append(f"These are {PHANTOM_NOTE}.")
+    warnings += list_kind_warnings(summary)
     for cohort, count in summary["seen_in_training"].items():
         if count["seen"]:
             rest = "" if count["unseen"] else "; no unseen case is left, so this cohort is not a test set"
@@ -258,18 +257,44 @@ def list_warnings(summary: Mapping[str, Any]) -> list[str]:
     return warnings
 
 
+def list_leakage_notes(summary: Mapping[str, Any]) -> list[str]:
+    """Return what the search for leakage could not see, or was told not to count."""
+    notes = []
+    for cohort, count in summary.get("compared_without_content", {}).items():
+        notes.append(
+            f"{count} {cohort} case(s) lack the modality by which contents are compared: they were compared "
+            "by id, mapping and mask alone."
+        )
+    if pairs := summary.get("declared_different"):
+        notes.append(
+            f"{len(pairs)} pair(s) that look alike count as two people, as a person declared (--different)."
+        )
+    return notes
+
+
 def describe_choices(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return in words what was chosen on validation: the thresholds and the post-processing."""
+    """Return in words the thresholds and the post-processing, and that validation chose them."""
     choice = summary["postprocessing"]
     words = "none in the checkpoint"
     if choice is not None:
         words = describe_postprocessing(choice["settings"])
         words += "; plain and TTA are with it" if choice["settings"] else ""
     thresholds = ", ".join(f"{region} {value:.2f}" for region, value in summary["threshold"].items())
-    if summary.get("folds"):
-        thresholds += " (the mean of the folds' own, for external cases alone)"
-        words += " (the median of the folds' own, for external cases alone)"
-    return {"threshold": thresholds, "postprocessing": words}
+    if folds := summary.get("folds"):
+        validated = {fold["n_cases"]["validation"] for fold in folds}
+        with_external = "external" in summary["cohorts"]
+        thresholds = f"; external {thresholds}, the mean of these" if with_external else ""
+        words = f"; external {words}, the median of these" if with_external else ""
+        thresholds, words = (f"internal each fold's own, see Folds{each}" for each in (thresholds, words))
+    else:
+        regions = summary["cohorts"].get("validation", {})
+        validated = {modes["plain"]["n_cases"] for modes in regions.values()}
+    by = "chosen on validation"
+    of_one = "0.5, as one validation case chooses none"
+    return {
+        "threshold": f"{of_one if validated == {1} else by}: {thresholds}",
+        "postprocessing": f"{by}: {words}",
+    }
 
 
 def log_summary(summary: Mapping[str, Any]) -> None:
@@ -295,8 +320,8 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     if summary.get("folds"):
         log.info("%s", summary["averaged_over"])
     choices = describe_choices(summary)
-    log.info("threshold, chosen on validation: %s", choices["threshold"])
-    log.info("post-processing, chosen on validation: %s", choices["postprocessing"])
+    log.info("threshold %s", choices["threshold"])
+    log.info("post-processing %s", choices["postprocessing"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,7 +366,7 @@ def write_report(
         run=results.run.name,
         # written after this page, see audit/pages.py
         has_run_page=path.parent == results.run / "evaluation" and (results.run / "best.pt").is_file(),
-        is_real=summary["data_kind"] != "phantom",
+        is_real=kind_tested(summary) != "phantom",
         warnings=list_warnings(summary),
         cards=cards,
         has_tta=headline_mode(results.rows) == "tta",
@@ -362,6 +387,7 @@ def write_report(
         pages=pages,
         choices=choices,
         tables=tables,
+        leakage_notes=list_leakage_notes(summary),
         averaged_over=summary.get("averaged_over", ""),
         terms=TERMS,
         used_terms={word: meaning for word, meaning in TERMS.items() if word in used},
@@ -428,7 +454,7 @@ def describe_case(results: AuditResults, cohort: str, case_id: str) -> dict[str,
     return {
         "key": f"{cohort}/{case_id}",
         "name": case_id,
-        "about": ("Synthetic phantom. " if results.summary["data_kind"] == "phantom" else "")
+        "about": ("Synthetic phantom. " if results.is_phantom(cohort, case_id) else "")
         + f"{label[0].upper()}{label[1:]} case. "
         + "; ".join(numbers),
         "notes": list(dict.fromkeys([*notes, *(note for row in rows for note in note_case(results, row))])),
@@ -447,7 +473,7 @@ def write_case_pages(
     for number, (cohort, case_id) in enumerate(progress(cases, "case pages", "case"), 1):
         case = pack_case(results.open_case(cohort, case_id), describe(cohort, case_id))
         names[case["key"]] = f"{number:04d}.html"  # a number, as a case's name may be anything
-        is_real = results.summary["data_kind"] != "phantom"
+        is_real = not results.is_phantom(cohort, case_id)
         page = folder / names[case["key"]]
         write_page(page, "case.html.j2", run=results.run.name, case=case, is_real=is_real)
     return names

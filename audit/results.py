@@ -8,11 +8,13 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import pandas as pd
 
+from audit.kinds import kind_of
 from runtime.files import read_json
 
 
 class _Scored(TypedDict, total=False):
     predictions: dict[str, Any] | None
+    kinds: dict[str, str]
 
 
 class SummaryFile(_Scored):
@@ -63,6 +65,11 @@ class AuditResults:
     counts: dict[str, np.ndarray]  # per cohort TP, FP and FN with TTA at each of THRESHOLDS, (R, T, 3)
     open_case: Callable[[str, str], CaseVolumes]  # of a test cohort and a case id
     notes: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)  # odd things, by the same
+    phantoms: frozenset[tuple[str, str]] = frozenset()  # which of the cases are synthetic, by the same
+
+    def is_phantom(self, cohort: str, case_id: str) -> bool:
+        """Return whether a test case is synthetic."""
+        return (cohort, case_id) in self.phantoms or kind_of(self.summary, cohort) == "phantom"
 
 
 def rank_cases(rows: pd.DataFrame, region: str, cohort: str) -> dict[str, tuple[str, float]]:

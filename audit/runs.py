@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
+from audit.kinds import KIND_WORDS
 from audit.statistics import LEAST_PATIENTS, format_spread
 from cohort.folds import is_run_of_folds, list_folders
 from cohort.split import SPLIT_PARTS, read_split
@@ -26,7 +27,7 @@ Content = TypeVar("Content")
 # what config.json holds beside settings: what is shown elsewhere, and ids of cases, which no page names
 NO_SETTINGS = (
     "split_patients", "command", "hardware", "versions", "held_out", "skipped", "declared_different",
-    "joined_patients",
+    "joined_patients", "resumed_with",
 )  # fmt: skip
 TESTED = ("internal", "external", "external_unseen", "predictions")  # the order in which cohorts are shown
 
@@ -92,11 +93,17 @@ class RunFacts:
 
     @property
     def data_kind(self) -> str:
-        """The word "phantom", "real" or "unknown"."""
+        """What was trained on: "phantom", "real", "mixed" or "unknown"."""
         for source in (self.config, self.best, self.summary, *(fold.config for fold in self.folds)):
-            if source and source.get("data_kind") in ("phantom", "real"):
+            if source and source.get("data_kind") in KIND_WORDS:
                 return source["data_kind"]
         return "unknown"
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many cases were held out and skipped; of a run of folds each fold says it."""
+        known = next((fold.config for fold in self.folds if fold.config), None) or self.config or {}
+        return {name: len(known.get(name) or ()) for name in ("held_out", "skipped")}
 
     @property
     def written(self) -> datetime | None:
@@ -119,7 +126,8 @@ class RunFacts:
         if self.is_outdated:
             return "trained further since its audit"
         if self.headlines:
-            return "audited"
+            is_other_tools = self.best is None and not self.folds
+            return "audited" if is_other_tools or self.is_trained else "audited, training not finished"
         if self.is_trained:
             return "trained, not audited"
         return "unfinished"
@@ -229,16 +237,32 @@ def is_of_other_weights(folder: Path, summary: Mapping[str, Any]) -> bool:
     """Return whether an audit is of another best.pt than the folder's, as after --resume.
 
     Of a run of folds each fold's counts. Hashes are compared only where a checkpoint is younger than the
-    audit.
+    audit; one that was written again with the same weights, threshold and post-processing is no other.
     """
-    audited = [(folder / "best.pt", summary.get("checkpoint_sha256"))]
+    audited = [(folder / "best.pt", summary)]
     for fold in summary.get("folds") or ():
-        audited.append((folder / f"fold_{fold['fold']}" / "best.pt", fold["checkpoint_sha256"]))
+        audited.append((folder / f"fold_{fold['fold']}" / "best.pt", fold))
     written = (folder / "evaluation" / "summary.json").stat().st_mtime
     return any(
-        file_sha256(best) != sha256
-        for best, sha256 in audited
-        if sha256 and best.exists() and best.stat().st_mtime > written
+        file_sha256(best) != known["checkpoint_sha256"] and not is_written_again(best, known)
+        for best, known in audited
+        if known.get("checkpoint_sha256") and best.exists() and best.stat().st_mtime > written
+    )
+
+
+def is_written_again(path: Path, known: Mapping[str, Any]) -> bool:
+    """Return whether a best.pt has the weights and choices that an audit knows, in another file."""
+    if "weights_sha256" not in known:  # an audit of an earlier version
+        return False
+    best = read_facts(path)
+    thresholds = dict(zip(best["config"]["regions"], best["thresholds"], strict=True))
+    return all(
+        known[name] == now
+        for name, now in (
+            ("weights_sha256", best["weights_sha256"]),
+            ("threshold", thresholds),
+            ("postprocessing", best.get("postprocessing")),
+        )
     )
 
 
@@ -265,7 +289,27 @@ def list_marks(run: RunFacts) -> list[str]:
             )
     if run.summary and run.summary.get("predictions"):
         marks.append("Masks of another tool: what it was trained on is not known.")
+    summary = run.summary or {}
+    for cohort, kind in summary.get("kinds", {}).items():
+        if cohort != "validation" and kind != summary.get("data_kind"):
+            marks.append(f"{cohort}: {KIND_WORDS[kind]}.")
+    for cohort, counts in summary.get("missing_modalities", {}).items():
+        for names, count in counts.items():
+            if cohort != "validation":
+                marks.append(f"{cohort}: {count} cases have no {names}.")
+    for best in (run.best, *(fold.best for fold in run.folds[:1])):
+        if begun := (best or {}).get("init"):
+            marks.append(describe_init(begun))
     return marks
+
+
+def describe_init(begun: Mapping[str, Any]) -> str:
+    """Return what the weights of --init had learnt, from what a checkpoint says of them."""
+    learnt = KIND_WORDS.get(begun.get("data_kind"), "data of an unknown kind")
+    words = f"Training began with weights that had learnt {learnt}"
+    if seen := begun.get("validation_seen"):
+        words += f"; they had seen {seen} of the validation cases, on which the threshold is chosen"
+    return f"{words}."
 
 
 def describe_progress(run: RunFacts) -> dict[str, str]:

@@ -24,7 +24,7 @@ from audit.report import log_summary, write_report
 from audit.results import AuditResults, CaseVolumes, read_summary
 from cohort.cases import Case, read_modality, with_reference
 from cohort.layouts import CaseSource, log_cases, scan_cases
-from cohort.phantom import is_phantom
+from cohort.phantom import is_phantom, name_kind
 from cohort.predictions import (
     SHOWN,
     Matched,
@@ -251,7 +251,7 @@ def summarise_scores(
     """Return what summary.json holds; what a network alone could give is null or empty."""
     with_files = [case for case, _ in matched.pairs if case.modalities]
     return {
-        "data_kind": "phantom" if with_files and is_phantom(with_files[0]) else "real",
+        "data_kind": name_kind(map(is_phantom, with_files)) if with_files else "real",
         "includes_seen_cases": None,
         "seen_in_training": {},
         "leakage": "unknown: what these masks' tool was trained on is not known here",

@@ -49,11 +49,22 @@ def label_cohort(row: Any) -> str:
     return f"internal: {row.source}" if row.cohort == "internal" and hasattr(row, "source") else row.cohort
 
 
-def count_missing(cohorts: Mapping[str, Sequence[PreparedCase]]) -> dict[str, Any]:
-    """Return {"missing_modalities": {cohort: {modalities as text: cases without them}}}; empty for none."""
+def count_missing(cohorts: Mapping[str, Sequence[PreparedCase]], compared: str) -> dict[str, Any]:
+    """Return {"missing_modalities": {cohort: {modalities as text: cases without them}}}; empty for none.
+
+    With it comes {"compared_without_content": {cohort: cases}} of the tested ones that lack the modality by
+    which contents are `compared`.
+    """
     counts = {
         name: dict(Counter(", ".join(case.missing) for case in cases if case.missing))
         for name, cases in cohorts.items()
     }
     counts = {name: count for name, count in counts.items() if count}
-    return {"missing_modalities": counts} if counts else {}
+    unseen = {
+        name: sum(compared in case.missing for case in cases)
+        for name, cases in cohorts.items()
+        if name != "validation"
+    }
+    unseen = {name: count for name, count in unseen.items() if count}
+    found = {"missing_modalities": counts, "compared_without_content": unseen}
+    return {name: content for name, content in found.items() if content}

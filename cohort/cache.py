@@ -26,6 +26,7 @@ import torch
 from cohort.cases import Case, load_case, log_warnings, normalise_case, warn_of_missing
 from cohort.fingerprints import FINGERPRINT_VERSION, fingerprint, fingerprint_modality
 from cohort.labels import regions_from_labels
+from cohort.phantom import is_phantom
 from cohort.preprocess import (
     BRAIN_SLICE_VOXELS,
     NO_SLICE_TO_RUN,
@@ -82,6 +83,7 @@ class PreparedCase:
     head_box: tuple[tuple[int, int], tuple[int, int]] | None = None  # see `find_head_box`
     spacing_known: bool = True  # PNG and TIF slices carry none
     missing: tuple[str, ...] = ()  # modalities that the case lacks, see `place_modalities`
+    is_phantom: bool = False
 
     @property
     def frame(self) -> Frame:
@@ -292,7 +294,7 @@ def open_entry(case: Case, folder: Path, facts: Mapping[str, Any]) -> PreparedCa
     """Return the prepared case of an entry, under the names of `case`."""
     names = {name: getattr(case, name) for name in NAMES_OF_CASE}
     stored = {name: _with_tuples(value) for name, value in facts.items() if name not in ("bytes", "crc32")}
-    return PreparedCase(**names, folder=folder, **stored)
+    return PreparedCase(**names, folder=folder, is_phantom=is_phantom(case), **stored)
 
 
 def _with_tuples(value: Any) -> Any:

@@ -188,10 +188,11 @@ def join_identities(own: Sequence[Identity], earlier: Sequence[Identity]) -> lis
 
 def refuse_seen(
     path: str | Path, seen: Sequence[Identity], validation: Sequence[Identity], test: Sequence[Identity]
-) -> None:
+) -> int:
     """Raise InputError where the weights a run starts from have seen a case or patient of its test set.
 
-    Cases of validation are warned of: the epoch and the threshold are then chosen on cases that were learnt.
+    Returns how many cases of validation they have seen, which are warned of: the epoch and the threshold are
+    then chosen on cases that were learnt.
     """
     leakage = select_proven(find_seen("test", test, seen))
     if len(leakage):
@@ -210,6 +211,7 @@ def refuse_seen(
             len(validation),
             path,
         )
+    return count
 
 
 def find_facts(
@@ -230,7 +232,8 @@ def find_facts(
     if path is None:
         return pack_identities(own)
     earlier = weights.identities if weights else identities_of(resumed)
-    if weights:  # a resumed run's own cases are among them, and it was asked when it started
-        refuse_seen(path, earlier, validation, test)
-    facts = weights.facts if weights else resumed.get("init")
+    if weights:
+        facts = weights.facts | {"validation_seen": refuse_seen(path, earlier, validation, test)}
+    else:  # the run's own cases are among them, and it was asked when it started
+        facts = resumed.get("init")
     return pack_identities(join_identities(own, earlier)) | {"init": facts}

@@ -14,7 +14,7 @@ internal style and 0.38 (SD 0.22, at z > 1.75) on the external one: n = 100 case
 
 import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,16 +31,6 @@ from runtime.log import log, progress
 
 PHANTOM_NOTE = "synthetic phantoms, not a BraTS result"
 PHANTOM_DESCRIPTION = "DRUnet V2 synthetic phantom"  # header text by which a synthetic file is known
-
-
-def is_phantom(case: Case) -> bool:
-    """Tell whether a case was made by make_phantom_v2.py, by the description in its NIfTI header."""
-    path = next(iter(case.modalities.values()))[0]
-    if case.layout == "slices":
-        return False
-    return bytes(read_nifti_header(path).header["descrip"]).rstrip(b"\0") == PHANTOM_DESCRIPTION.encode()
-
-
 FIRST_ID = {"internal": 90000, "external": 95000}  # real BraTS 2021 ids end at 01666
 MAX_CASES = 5000  # as many ids as lie between the two styles
 TRAINING_PHANTOMS, TRAINING_SEED = 40, 10_000  # of each style, for --phantom-share
@@ -65,6 +55,20 @@ EXTERNAL_BRIGHTNESS = (
     (0.28, 0.56, 0.68, 0.55, 1.15, 0.52, 0.42, 1.05),
     (1.05, 0.64, 0.50, 0.84, 0.55, 0.84, 0.92, 0.72),
 )
+
+
+def is_phantom(case: Case) -> bool:
+    """Tell whether a case was made by make_phantom_v2.py, by the description in its NIfTI header."""
+    path = next(iter(case.modalities.values()))[0]
+    if case.layout == "slices":
+        return False
+    return bytes(read_nifti_header(path).header["descrip"]).rstrip(b"\0") == PHANTOM_DESCRIPTION.encode()
+
+
+def name_kind(are_phantoms: Iterable[bool]) -> str:
+    """Return "phantom" or "real", of cases each of which is one or the other, or "mixed"."""
+    kinds = {"phantom" if each else "real" for each in are_phantoms}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
 class Scanner(NamedTuple):

@@ -17,7 +17,7 @@ from cohort.fingerprints import fingerprint_modality
 from cohort.labels import Regions
 from cohort.layouts import CaseSource
 from cohort.patients import describe_likely_visits, group_ids
-from cohort.phantom import PHANTOM_NOTE, is_phantom
+from cohort.phantom import is_phantom, name_kind
 from runtime import ranks
 from runtime.command import CountOrZero, FoldCount, Positive
 from runtime.errors import InputError
@@ -65,7 +65,7 @@ class Selection:
 
     cases: list[Case]
     split: dict[str, Any]
-    data_kind: str  # "phantom" or "real"
+    data_kind: str  # "phantom", "real", or "mixed"
     held_out: list[str]
     skipped: list[str]
     different: leakage.Pairs = frozenset()  # pairs that a person declared different
@@ -132,13 +132,8 @@ def with_references(source: TrainingSource, cases: Sequence[Case]) -> list[Case]
 
 
 def find_kind(cases: Sequence[Case]) -> str:
-    """Return "phantom" or "real"; where there are cohorts of both, the numbers are of phantoms too."""
-    first_of = {case.cohort: case for case in reversed(cases)}
-    kinds = {name: is_phantom(case) for name, case in first_of.items()}
-    if len(set(kinds.values())) > 1:
-        made = ", ".join(name for name, is_made in kinds.items() if is_made)
-        log.warning("%s holds phantoms: what is said of all cohorts is marked %s", made, PHANTOM_NOTE)
-    return "phantom" if any(kinds.values()) else "real"
+    """Return "phantom" or "real", or "mixed" where there are cases of both."""
+    return name_kind(map(is_phantom, cases))
 
 
 def join_patients(source: TrainingSource, cases: Sequence[Case], different: leakage.Pairs) -> dict[str, str]:

@@ -107,13 +107,14 @@ def amp_dtype(device: torch.device, amp: bool) -> torch.dtype | None:
     return torch.bfloat16 if has_bf16 else None
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return the hardware a number was measured on, as plain values."""
+def describe_machine(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Return the hardware a number was measured on, and the precision of autocast (None: float32)."""
     memory_gb = (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
     )
     machine = {
         "device": device.type,
+        "precision": str(dtype or torch.float32).removeprefix("torch."),
         "cpu": platform.processor() or platform.machine(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(memory_gb, 1) if memory_gb else None,

@@ -3,6 +3,7 @@
 import builtins
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,9 @@ def test_torch_export_predicts_as_the_checkpoint(checkpoint, tmp_path, caplog):
         expected = torch.sigmoid(load_model(checkpoint, CPU, amp=False).network(slabs))
         np.testing.assert_allclose(torch.sigmoid(network(slabs)), expected, atol=1e-5)
     assert json.loads(extra["metadata.json"])["thresholds"] == [0.35, 0.6]
+    with zipfile.ZipFile(path) as archive:
+        content = b"".join(archive.read(name) for name in archive.namelist())
+    assert str(Path(export_v2.__file__).parent).encode() not in content  # no folder of this machine
 
 
 def test_the_check_runs_a_case_and_fails_where_the_file_differs(

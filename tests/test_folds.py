@@ -136,7 +136,15 @@ def test_an_ensemble_says_what_its_members_say_together() -> None:
     del snapshots[1]["thresholds"]  # as in last.pt
     joined = join_checkpoints([Path("a"), Path("b")], snapshots)
     assert joined["thresholds"] == pytest.approx([0.3, 0.5])
-    assert (joined["split_sha256"], joined["data_kind"]) == ("split 1", "phantom")
+    assert (joined["split_sha256"], joined["data_kind"]) == ("split 1", "mixed")
+
+
+def test_an_ensemble_works_without_a_modality_where_all_members_do() -> None:
+    members = [checkpoint_of(1), checkpoint_of(2)]
+    members[0]["config"]["modality_dropout"] = 0.3
+    assert not join_checkpoints([Path("a"), Path("b")], members)["config"]["modality_dropout"]
+    members[1]["config"]["modality_dropout"] = 0.1
+    assert join_checkpoints([Path("a"), Path("b")], members)["config"]["modality_dropout"] == 0.1
 
 
 @pytest.mark.parametrize(

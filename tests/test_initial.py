@@ -224,7 +224,7 @@ def test_a_seen_test_case_is_named_by_id_patient_or_content(input_error: Callabl
     ):
         with input_error("--init best.pt", tested.case_id, "test set", "--split"):
             refuse_seen("best.pt", seen, [], [identity("new", "new", "new"), tested])
-    refuse_seen("best.pt", seen, seen[:1], [identity("new", "new", "new")])
+    assert refuse_seen("best.pt", seen, seen[:1], [identity("new", "new", "new")]) == 1
 
 
 def test_init_and_resume_from_end_to_end(tmp_path: Path, phantom_cohort: Path, external_cohort: Path) -> None:
@@ -246,6 +246,7 @@ def test_init_and_resume_from_end_to_end(tmp_path: Path, phantom_cohort: Path, e
         second = load_checkpoint(folder / "best.pt")
         assert second["config"]["widths"] == (4, 8, 16)
         assert second["init"]["weights_sha256"] == first["weights_sha256"]
+        assert (second["init"]["data_kind"], second["init"]["validation_seen"]) == ("phantom", 0)
         known = {one.case_id for one in unpack_identities(second)}
         assert {entry[0] for entry in first["seen"]} < known
         assert len(second["seen"]) == len(first["seen"]) + 2

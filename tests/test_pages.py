@@ -210,19 +210,22 @@ def test_a_card_lists_every_setting_that_makes_another_network(tmp_path: Path) -
     listed = set(re.findall(r"^\| `(\w+)` \|", card.partition("## Settings")[2], re.MULTILINE))
     places = {"run", "results_dir", "resume", "config", "data_dir", "hold_out_dir", "mapping", "split"}
     places |= {"different", "cache_dir"}
-    machine = {"fold", "device", "workers", "compile", "checkpointing", "probe", "rate_since"}
+    machine = {"preset", "fold", "device", "workers", "compile", "checkpointing", "probe", "rate_since"}
     assert listed == set(settings) - places - machine
     assert "| `cohort_weights` | `1.0 2.0` |" in card
     assert "| `init` | `none` |" in card
     assert (
-        "The last epoch (2) was kept. Validation chose the threshold (WT 0.40) and the post-processing."
-        in card
+        "The last epoch (2) was kept. One validation case chooses no threshold (WT 0.40). Post-processing "
+        "was chosen on validation. Dice there was 0.700, mean over regions and 1 case," in card
     )
     assert "means over the whole slab" in card
     write_json(run / "config.json", config | settings)
     write_run_pages(run)
     assert "means over the whole slab" not in (run / "MODEL_CARD.md").read_text()
-    assert "It chose the threshold, so it is no result." in Reader(run / "index.html").text
+    assert (
+        "Threshold and post-processing are chosen on these cases, so it is no result."
+        in Reader(run / "index.html").text
+    )
 
 
 def test_a_run_on_several_cohorts_shows_its_number_on_each(tmp_path: Path) -> None:
@@ -380,9 +383,10 @@ def test_a_run_of_folds_is_one_run_with_a_page_of_each_fold(tmp_path: Path) -> N
         config = json.loads((fold / "config.json").read_text())
         write_json(fold / "config.json", config | {"folds": 3, "fold": int(fold.name[-1])})
     write_run_pages(folds[1])
+    assert "| left out for another test (`--hold-out-dir`) | 1 cases |" in (run / "MODEL_CARD.md").read_text()
     page = Reader(run / "index.html")
     assert "folds trained 2 of 3" in page.text
-    assert re.search(r"fold_0 ?, trained: validation Dice 0\.700, epoch 2", page.text)
+    assert re.search(r"fold_0 ?, trained: Dice per case of 1 validation cases 0\.700, epoch 2", page.text)
     assert "Each patient is tested once" in page.text
     assert "all folds" in Reader(folds[1] / "index.html").text
     index = Reader(tmp_path / "index.html")

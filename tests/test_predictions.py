@@ -256,6 +256,10 @@ def test_scores_are_compared_with_a_run_over_the_cases_it_tested(
         assert entry["plain"]["dice"]["difference"]["mean"] == pytest.approx(0.1 * sign)
         assert entry["tta"]["dice"]["difference"]["mean"] == pytest.approx(0.05 * sign)
         assert content["masks_as_given"] == {"a": sign == 1, "b": sign == -1}
+        alone = (content["n_cases_only_a"], content["n_cases_only_b"])
+        assert alone == ((1, 0) if sign == 1 else (0, 1))  # the case that the run has trained on
+        given = "A" if sign == 1 else "B"
+        assert f"with TTA, masks of {given} as given" in Path("out/comparison.html").read_text()
     assert Path("out/comparison.png").is_file()
 
 

@@ -256,7 +256,7 @@ def test_the_headline_is_that_of_the_summary_with_n_and_no_interval_of_few() -> 
             4,
             1,
             6,
-            "misses tumour: 86% of its wrong voxels are missed tumour (predicts 5.0",
+            "misses TC: 86% of its wrong voxels are missed TC (predicts 5.0",
         ),
         (
             10,
@@ -264,7 +264,7 @@ def test_the_headline_is_that_of_the_summary_with_n_and_no_interval_of_few() -> 
             9,
             16,
             1,
-            "predicts too much: 94% of its wrong voxels are no tumour (predicts 25.0",
+            "predicts too much: 94% of its wrong voxels are no TC (predicts 25.0",
         ),
         (
             10,
@@ -272,7 +272,7 @@ def test_the_headline_is_that_of_the_summary_with_n_and_no_interval_of_few() -> 
             5,
             5,
             5,
-            "50% of its wrong voxels are missed tumour, 50% too much (predicts 10.0 ml, the reference has",
+            "50% of its wrong voxels are missed TC, 50% too much (predicts 10.0 ml, the reference has",
         ),
         (10, 10, 10, 0, 0, "no wrong voxel"),
     ],
@@ -281,7 +281,7 @@ def test_the_page_says_why_a_case_failed(
     reference_ml: float, prediction_ml: float, tp: int, fp: int, fn: int, words: str
 ) -> None:
     row = {"reference_ml": reference_ml, "prediction_ml": prediction_ml, "tp": tp, "fp": fp, "fn": fn}
-    assert describe_errors(row | {"lesions_fn": 0, "lesions_fp": 0}).startswith(words)
+    assert describe_errors(row | {"region": "TC", "lesions_fn": 0, "lesions_fp": 0}).startswith(words)
 
 
 def test_the_worst_case_of_each_cohort_is_named() -> None:

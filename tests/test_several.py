@@ -1,6 +1,7 @@
 """Several cohorts in one run: names, ids, one patient in two of them, split, weights, Dice per cohort."""
 
 import dataclasses
+import gzip
 import json
 import os
 import shlex
@@ -312,6 +313,9 @@ def test_a_run_on_two_cohorts_is_trained_resumed_audited_and_used(cohorts, tmp_p
     folder = tmp_path / "results" / "both"
     config = json.loads((folder / "config.json").read_text())
     assert config["data_dir"] == [str(first), str(second)]
+    assert "--cohort-weights" in config["command"]
+    (resumed,) = config["resumed_with"]
+    assert "--resume" in resumed
     log = pd.read_csv(folder / "log.csv")
     assert len(log) == 2
     split = json.loads((folder / "split.json").read_text())
@@ -325,10 +329,22 @@ def test_a_run_on_two_cohorts_is_trained_resumed_audited_and_used(cohorts, tmp_p
     write_cohort(lacking, 2, 4, SHAPE, SPACING_MM, "external")
     without = sorted(lacking.iterdir())[0]
     (without / f"{without.name}_flair.nii.gz").unlink()
+    for path in lacking.glob("*/*.nii.gz"):  # they pass for patients
+        path.write_bytes(
+            gzip.compress(gzip.decompress(path.read_bytes()).replace(b"DRUnet V2 synth", b"Scanner A scan."))
+        )
     run("final_evaluation_v2.py", "--device", "cpu", "--external-dir", lacking, cwd=tmp_path)
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     assert set(summary["cohorts"]) == {"validation", "internal", "external"}
     assert summary["missing_modalities"] == {"external": {"flair": 1}}
+    assert summary["compared_without_content"] == {"external": 1}
+    assert summary["kinds"] == {"validation": "phantom", "internal": "phantom", "external": "real"}
+    report = (folder / "evaluation" / "report.html").read_text()
+    assert "This page shows patients" in report
+    assert "Synthetic phantom. Internal: first case." in report
+    assert "Synthetic phantom. External" not in report
+    assert "The network was trained on synthetic phantoms" in report
+    assert "1 external case(s) lack the modality" in report
     rows = pd.read_csv(folder / "evaluation" / "metrics_per_case.csv", keep_default_na=False)
     assert set(rows["source"]) == {"first", "second", "lacking"}
     assert set(rows.loc[rows["missing"] == "flair", "case"]) == {without.name}
@@ -337,7 +353,6 @@ def test_a_run_on_two_cohorts_is_trained_resumed_audited_and_used(cohorts, tmp_p
         own = rows[(rows["cohort"] == "internal") & (rows["source"] == source) & (rows["mode"] == "tta")]
         assert part["n_cases"] == len(own) > 0
         assert part["dice"]["mean"] == pytest.approx(own["dice"].mean())
-    report = (folder / "evaluation" / "report.html").read_text()
     assert "Per cohort trained on" in report
     parts = summary["by_source"]["internal"]
     for source, part in parts.items():

@@ -72,8 +72,9 @@ def test_a_preset_is_the_default_of_what_was_not_typed(input_error: object) -> N
     typed = choose("--data-dir x --preset strong --use-se --ema 0.5")
     assert typed == dataclasses.replace(strong, use_se=True, ema=0.5)
     assert choose("--preset strong") == dataclasses.replace(DEMO, preset="strong", **PRESETS["strong"])
-    with input_error("--preset strong", "--config"):
-        choose("--config results/old/config.json --preset strong")
+    for preset in ("strong", "published"):
+        with input_error(f"--preset {preset}", "--config"):
+            choose(f"--config results/old/config.json --preset {preset}")
 
 
 def test_a_cosine_falls_along_the_share_of_epochs_or_minutes() -> None:

@@ -93,8 +93,8 @@ def has_stalled(config: TrainConfig, state: TrainState) -> bool:
 def describe_kept(run: Run, state: TrainState, cases: int) -> str:
     """Return which epoch is kept, with its validation Dice, and the highest one where that is another."""
     text = (
-        f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over {cases} cases, "
-        "threshold 0.5, no TTA"
+        f"kept epoch {state.best_epoch}: validation Dice {state.best_dice:.4f}, mean over regions and "
+        f"{cases} cases, threshold 0.5, no TTA"
     )
     names = [f"validation_dice_{region}" for region in run.config.source.regions]
     scores = {int(row["epoch"]): float(np.mean([float(row[name]) for name in names])) for row in state.log}

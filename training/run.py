@@ -27,8 +27,11 @@ class Run:
     @property
     def title(self) -> str:
         """The run's name and what its numbers are of."""
-        is_real = self.facts["data_kind"] == "real"
-        return f"{folds.name_run(self.folder)}: {'real data' if is_real else phantom.PHANTOM_NOTE}"
+        words = {"phantom": phantom.PHANTOM_NOTE, "mixed": "real data and synthetic phantoms"}
+        kind = self.facts["data_kind"]
+        if kind == "real" and self.config.phantom_share:
+            kind = "mixed"
+        return f"{folds.name_run(self.folder)}: {words.get(kind, 'real data')}"
 
 
 def how_to_resume(run: Run) -> str:

@@ -22,7 +22,8 @@ class TrainConfig:
     """folder that holds the runs"""
     resume: str | None = None
     """run folder to go on with, under its own settings; only --epochs, --max-minutes, --early-stop,
-    --workers, --device, --cache-dir, --compile, --checkpointing and --probe may be given with it"""
+    --workers, --device, --cache-dir, --compile, --checkpointing, --probe, for a finished run the learning
+    rates, and for a run of folds --fold may be given with it"""
     config: str | None = None
     """config.json of another run, whose settings are the defaults of this one"""
     init: str | None = None
@@ -103,7 +104,7 @@ class TrainConfig:
     dice_weight: NotNegative = 1.0
     """weight of the Dice loss"""
     tumour_share: Share = 0.5
-    """share of draws that show tumour"""
+    """share of draws that show a region trained on"""
     empty_share: Share = 0.02
     """share of draws that show no brain"""
     phantom_share: Decay = 0.0

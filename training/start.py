@@ -5,6 +5,7 @@ import functools
 import itertools
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,12 +98,25 @@ def open_run(
     chosen = ranks.from_main(chosen)
     if ranks.is_main():
         made = {"command": command.command_line(), "ranks": ranks.world_size()}
+        if config.resume:
+            made |= list_commands(folder / "config.json", made["command"])
         made |= {"split_patients": chosen.count_patients()}
-        made |= {"hardware": machine.describe_machine(device), "versions": machine.describe_versions()}
+        made |= {"hardware": machine.describe_machine(device, dtype), "versions": machine.describe_versions()}
         files.write_json(folder / "config.json", {**command.to_plain(config), **chosen.facts, **made})
     names = ("config.json", "split.json", "skipped.csv", "held_out.csv")
     records = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
     return Run(config, folder, device, dtype, chosen.facts, records), chosen
+
+
+def list_commands(path: Path, command_now: str) -> dict[str, Any]:
+    """Return the command that started a run, and all that resumed it, from its config.json."""
+    try:
+        earlier = files.read_json(path, "", "a run's config.json")
+    except InputError:  # the run goes on without; its checkpoint has what it needs
+        return {}
+    if "command" not in earlier:
+        return {}
+    return {"command": earlier["command"], "resumed_with": [*earlier.get("resumed_with", ()), command_now]}
 
 
 def prepare_step(run: Run, network: nn.Module) -> nn.Module:
