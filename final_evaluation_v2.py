@@ -57,9 +57,9 @@ from cohort.cache import PreparedCase, prepare_for_all_ranks
 from cohort.cases import Case
 from cohort.ensemble import join_sha256
 from cohort.fingerprints import fingerprint_modality
-from cohort.folds import check_splits, is_run_of_folds, list_finished
+from cohort.folds import check_alike, check_splits, is_run_of_folds, list_finished
 from cohort.labels import Regions
-from cohort.layouts import CaseSource
+from cohort.layouts import CaseSource, Folders
 from cohort.leakage import (
     Pairs,
     identify_case,
@@ -111,8 +111,9 @@ class EvaluationConfig:
 
     run: str | None = None
     """run folder to audit, of a run of folds out of fold; default: the newest in results/"""
-    data_dir: str | None = None
-    """folder with the run's cases, where it has moved since training; with --predictions that of the cases"""
+    data_dir: Folders = None
+    """folder with the run's cases, where it has moved since training, or all of them in the order of
+    training; with --predictions that of the cases"""
     external: tyro.conf.OmitArgPrefixes[ExternalSource] = ExternalSource()
     compare: tuple[str, ...] = ()
     """two audited run folders to compare over their common test cases, and nothing else"""
@@ -180,7 +181,8 @@ def audit_folds(config: EvaluationConfig, run: Path, folder: Path, device: torch
     files = [each / "best.pt" for each in folders]
     models = [load_model(path, device, config.amp) for path in files]
     splits = [read_split_of(each, model) for each, model in zip(folders, models, strict=True)]
-    check_splits(run, splits)
+    check_splits(run, dict(enumerate(splits)))
+    check_alike(run, [model.checkpoint["config"] for model in models])
     whole = join_models(files, models)
     chosen = [
         from_main(choose_cohorts(config, *each, with_external=each[0] == folders[0]) if is_main() else None)

@@ -357,8 +357,11 @@ def main(config: TrainConfig) -> None:
     plan = folds.plan_runs(config, place_run, share_batch) if ranks.is_main() else None
     whole, runs = ranks.from_main(plan)
     for settings in runs:
-        start_log()  # each fold has a train.log of its own
-        train_run(settings)
+        if len(runs) > 1:
+            settings = ranks.from_main(folds.begin_fold(settings) if ranks.is_main() else None)
+        if settings is not None:
+            start_log()  # each fold has a train.log of its own
+            train_run(settings)
     if whole and ranks.is_main():
         start_log()
         folds.log_next(whole)
@@ -382,7 +385,8 @@ def train_run(config: TrainConfig) -> None:
     weights = initial.read_initial(config.init) if config.init and not checkpoint else None
     state = make_state(config, device, dtype, weights)
     run, chosen = open_run(config, device, dtype)
-    signals.hint(how_to_resume(run) if checkpoint else "nothing was trained yet, start it again")
+    again = how_to_resume(run) if config.source.folds else "start it again"
+    signals.hint(how_to_resume(run) if checkpoint else f"nothing was trained yet, {again}")
     if checkpoint:
         state.log = epoch_log.resume_rows(run.folder / "log.csv", checkpoint)
         state.restore(checkpoint, last)

@@ -6,14 +6,16 @@ tests on, drawn once. Its folders fold_0, fold_1 and so on are runs like any oth
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cohort.cases import Case
 from cohort.phantom import choose_data_dir
-from cohort.split import split_folds, split_sha256
+from cohort.split import SPLIT_PARTS, read_split, split_folds, split_sha256
 from runtime.checkpoints import has_last, load_checkpoint, load_last
+from runtime.claims import claim_folder
 from runtime.command import command_line, flag_of, from_plain, to_plain
 from runtime.errors import InputError
 from runtime.files import read_json, write_json
@@ -24,6 +26,10 @@ Settings = TypeVar("Settings")  # of training: with run, results_dir, resume, ma
 # What may differ between the folds of one run.
 FREE = ("run", "results_dir", "resume", "config", "fold", "rate_since")
 FREE += ("workers", "device", "cache_dir", "compile", "checkpointing", "probe")
+# What best.pt, the checkpoint of an earlier epoch, may say otherwise: where the run was to end, and how many
+# slabs each of its ranks had.
+ENDS = ("epochs", "max_minutes", "early_stop", "batch_size", "accumulate", "deterministic")
+LONGEST_WAIT_S = 60  # for another program that is starting the same run
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -89,20 +95,49 @@ def draw_fold(run: Path, cases: Sequence[Case], folds: int, fold: int, seed: int
     path = run / "folds.json"
     if not path.exists():
         write_json(path, {"folds": split_folds(cases, folds, seed)})
-    split = read_json(path, "--folds", "a run of its own")["folds"][fold]
+    split = read_drawn(run, folds)[fold]
     if split["sha256"] != split_sha256(split):
         raise InputError(path, "the case ids do not match their SHA-256", "the file was altered")
+    drawn = {case_id for part in SPLIT_PARTS for case_id in split[part]}
+    if new := [case.case_id for case in cases if case.case_id not in drawn]:
+        raise InputError(
+            path,
+            f"the folds were drawn without {len(new)} of the cases, first {new[0]}, which none would test",
+            "take these out, or start another --run",
+        )
     return split
 
 
-def check_splits(run: Path, splits: Sequence[Mapping[str, Any]]) -> None:
-    """Raise InputError where the folds were not trained with the splits that were drawn for them."""
-    drawn = read_json(run / "folds.json", "--run", "a run of folds")["folds"]
-    for fold, (split, own) in enumerate(zip(splits, drawn, strict=True)):
-        if split["sha256"] != own["sha256"]:
+def read_drawn(run: Path, folds: int) -> list[dict[str, Any]]:
+    """Return the split of each fold, as folds.json has them; InputError where it does not have all."""
+    drawn = read_json(run / "folds.json", "--folds", "a run of its own").get("folds")
+    if not isinstance(drawn, list) or len(drawn) != folds:
+        raise InputError(run / "folds.json", f"does not have the splits of {folds} folds", "restore it")
+    return drawn
+
+
+def check_splits(run: Path, splits: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raise InputError where folds were not trained with the splits that were drawn for them."""
+    drawn = read_drawn(run, len(list_folders(run)))
+    for fold, split in splits.items():
+        if split["sha256"] != drawn[fold]["sha256"]:
             raise InputError(
-                run / f"fold_{fold}", "has another split than folds.json gives it", "train that fold again"
+                run / f"fold_{fold}",
+                "has another split than folds.json gives it",
+                f"remove that folder, and train the fold by --resume {run}",
             )
+
+
+def check_alike(run: Path, configs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError where folds were trained with different settings: they are no cross-validation."""
+    for fold, config in enumerate(configs):
+        for name, value in configs[0].items():
+            if name not in (*FREE, *ENDS) and config.get(name) != value:
+                raise InputError(
+                    run / f"fold_{fold}",
+                    f"was trained with {flag_of(name)} {config.get(name)}, fold_0 with {value}",
+                    f"remove that folder, and train the fold by --resume {run}",
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -131,24 +166,96 @@ def plan_runs(
     check_folds(config)
     if not config.source.folds or (config.resume and not is_run_of_folds(Path(config.resume))):
         return None, [config]
-    if config.run and is_run_of_folds(Path(config.results_dir) / config.run):
-        run = Path(config.results_dir) / config.run
+    run = Path(config.results_dir) / (config.run or "")
+    is_there = bool(config.run) and is_run_of_folds(run) and (bool(config.resume) or has_begun(run))
+    if not is_there:
+        try:
+            config = place(config)
+        except InputError:  # two folds were started at once
+            if config.source.fold is None or not wait_for_start(run):
+                raise
+            is_there = True
+    run = Path(config.results_dir) / config.run
+    if is_there:
         data_dir = choose_data_dir(config.source.data_dir)
         config = dataclasses.replace(config, source=dataclasses.replace(config.source, data_dir=data_dir))
         if not config.resume:
             refuse_other(run, config)
     else:
-        config = place(config)
-        run = Path(config.results_dir) / config.run
         whole = dataclasses.replace(config, source=dataclasses.replace(config.source, fold=None))
         made = {"command": command_line(), "ranks": world_size()}
         write_json(run / "config.json", to_plain(whole) | made)
+    if config.resume:
+        keep_ends(run, config)
     config = share_batch(config, read_json(run / "config.json", "--run", "a run")["ranks"], world_size())
     folders = list_folders(run)
     numbers = range(len(folders)) if config.source.fold is None else [config.source.fold]
-    waiting = [number for number in numbers if not is_finished(folders[number])]
+    waiting = [number for number in numbers if not is_done(folders[number], config)]
+    check_finished(run, set(range(len(folders))) - set(waiting))
     log.info("%s: %d folds, to train now: %s", run, len(folders), ", ".join(map(str, waiting)) or "none")
     return run, [settings_of_fold(config, folders[number], number) for number in waiting]
+
+
+def has_begun(run: Path) -> bool:
+    """Return whether the folds of a run have been drawn, or one of them has a checkpoint."""
+    return (run / "folds.json").exists() or any(has_last(folder) for folder in list_folders(run))
+
+
+def wait_for_start(run: Path) -> bool:
+    """Wait until another program has written the settings of a run of folds; return whether it has."""
+    until = time.monotonic() + LONGEST_WAIT_S
+    while not is_run_of_folds(run) and time.monotonic() < until:
+        time.sleep(0.2)
+    return is_run_of_folds(run)
+
+
+def is_done(folder: Path, config: Any) -> bool:
+    """Return whether a fold has come to the end that `config` gives it."""
+    if not is_finished(folder):
+        return False
+    if not has_last(folder):
+        return True
+    last, _ = load_last(folder)
+    return all(last["config"].get(name, value) == value for name, value in ends_of(config).items())
+
+
+def ends_of(config: Any) -> dict[str, Any]:
+    """Return the settings by which --resume lets a run of folds go on longer."""
+    return {name: getattr(config, name) for name in ("epochs", "early_stop")}
+
+
+def keep_ends(run: Path, config: Any) -> None:
+    """Write the ends of a resumed run into its config.json; InputError where a fold is beyond them."""
+    for folder in list_folders(run):
+        epoch = load_last(folder)[0].get("epoch", 0) if has_last(folder) else 0
+        if epoch > config.epochs:
+            raise InputError(
+                f"--epochs {config.epochs}", f"{folder} has been trained for {epoch}", "give as many at least"
+            )
+    before = read_json(run / "config.json", "--resume", "a run")
+    if any(before.get(name) != value for name, value in ends_of(config).items()):
+        write_json(run / "config.json", before | ends_of(config))
+
+
+def check_finished(run: Path, numbers: Iterable[int]) -> None:
+    """Raise InputError where finished folds are not of this run, by their splits."""
+    if (run / "folds.json").exists():
+        paths = {number: run / f"fold_{number}" / "split.json" for number in numbers}
+        check_splits(run, {number: read_split(path) for number, path in paths.items() if path.exists()})
+
+
+def begin_fold(config: Settings) -> Settings | None:
+    """Return the settings of a fold as it stands now; None where another program has or had it meanwhile."""
+    folder = Path(config.results_dir) / config.run
+    try:
+        claim_folder(folder, "wait until that one ends")
+    except InputError as error:
+        log.info("%s is passed over: %s", folder, error.problem)
+        return None
+    if is_done(folder, config):
+        log.info("%s is passed over: it has been finished meanwhile", folder)
+        return None
+    return config if config.resume else settings_of_fold(config, folder, config.source.fold)
 
 
 def settings_of_fold(config: Settings, folder: Path, number: int) -> Settings:

@@ -27,6 +27,7 @@ from cohort.several import (
     join_cohorts,
     list_cohorts,
     list_folders,
+    name_cohorts,
     pair_layouts,
     show_folders,
 )
@@ -211,11 +212,13 @@ def names_of_predictions(folder: Path, names: Sequence[str]) -> set[str]:
     return listed | set(masks) if set(volumes) <= listed | set(masks) else listed
 
 
-def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> list[Case]:
+def scan_cases(
+    source: CaseSource, errors: list[InputError] | None = None, names: Sequence[str] | None = None
+) -> list[Case]:
     """Return every case of a source, sorted by id, whatever modalities it has.
 
     What is wrong with one folder or id is appended to `errors` where there is such a list, and its cases are
-    left out; without one it is raised.
+    left out; without one it is raised. `names` are those of several cohorts whose folders have moved.
     """
     assert source.data_dir is not None, "the data folder is chosen before cases are looked for"
     folders = list_folders(source.data_dir)
@@ -227,7 +230,9 @@ def scan_cases(source: CaseSource, errors: list[InputError] | None = None) -> li
         for folder, layout in zip(folders, pair_layouts(folders, source.layout), strict=True)
     ]
     given = Path(source.mapping) if source.mapping else None
-    return map_patients(*scanned[0], given) if len(scanned) == 1 else join_cohorts(folders, scanned, given)
+    if len(scanned) == 1:
+        return map_patients(*scanned[0], given)
+    return join_cohorts(names or name_cohorts(folders), scanned, given)
 
 
 def scan_folder(source: CaseSource, errors: list[InputError] | None) -> tuple[list[Case], list[Path]]:
@@ -373,14 +378,18 @@ def no_case(root: Path, layout: str, seen: Sequence[str]) -> InputError:
 
 
 def find_cases(
-    source: CaseSource, modalities: Sequence[str] = ("flair",), partial: bool = False
+    source: CaseSource,
+    modalities: Sequence[str] = ("flair",),
+    partial: bool = False,
+    names: Sequence[str] | None = None,
 ) -> list[Case]:
     """Return every case of a source, sorted by id, with its patient and its cohort's label convention.
 
     Each case must have the modalities asked for, with `partial` one of them. Raises InputError where the
-    folder is missing or holds no case, a case lacks a modality, or an id occurs twice.
+    folder is missing or holds no case, a case lacks a modality, or an id occurs twice. `names` is as in
+    `scan_cases`.
     """
-    cases = scan_cases(source)
+    cases = scan_cases(source, names=names)
     for case in cases:
         if missing := find_lacking(case, modalities, partial):
             raise missing_modality(case, missing[0])
@@ -396,13 +405,22 @@ def find_lacking(case: Case, modalities: Sequence[str], partial: bool) -> list[s
 def find_cases_of_run(settings: Mapping[str, Any], data_dir: DataDir) -> list[Case]:
     """Return the cases below a run's folder, or its folders, as the run with these settings read them.
 
-    Where it left bad cases out, those that cannot be told or lack a modality are left out again.
+    Where it left bad cases out, those that cannot be told or lack a modality are left out again. Several
+    folders that have moved are taken in the order of the run's, and keep the names of these.
     """
-    source = dataclasses.replace(from_plain(CaseSource, settings), data_dir=list_folders(data_dir))
+    folders, before = list_folders(data_dir), list_folders(settings.get("data_dir", data_dir))
+    if len(folders) != len(before) > 1:
+        raise InputError(
+            f"--data-dir {show_folders(folders)}",
+            f"the run was trained on {len(before)} folders, {show_folders(before)}",
+            "name as many, in that order",
+        )
+    names = name_cohorts(before) if len(before) > 1 else None
+    source = dataclasses.replace(from_plain(CaseSource, settings), data_dir=folders)
     needed = set(settings["modalities"])
     if settings.get("skip_bad"):
-        return [case for case in scan_cases(source, errors=[]) if needed <= set(case.modalities)]
-    return find_cases(source, settings["modalities"])
+        return [case for case in scan_cases(source, [], names) if needed <= set(case.modalities)]
+    return find_cases(source, settings["modalities"], names=names)
 
 
 def missing_modality(case: Case, name: str) -> InputError:

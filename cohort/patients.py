@@ -50,7 +50,7 @@ NUMBERED_PATIENT = re.compile(
 NUMBERED = re.compile(r"(.*\d.*?)[-_. ](\d{1,3}|[a-z])", re.IGNORECASE)
 MOST_VISITS = 8  # more ids with one beginning are a site's patients
 SHEET_NAMES = re.compile(r"(?!\.).*mapping.*\.csv", re.IGNORECASE)
-PATIENT_HEADERS = ("patient", "patient_id", "subject", "subject_id")
+PATIENT_HEADER = re.compile(r"(?:patient|subject|participant)(?:id|identifier|name|number|no|code)?")
 NO_VALUE = ("", "na", "n/a", "nan", "none", "null", "-")
 
 
@@ -183,24 +183,31 @@ def join_rows(rows: Sequence[Sequence[str]], case_ids: Iterable[str], sheet: str
     kinds in the column that holds most of the cohort's. A column headed patient or subject joins the rows
     of its sheet, in other cohorts too: its values count together with `sheet`, a name of the sheet's content.
     """
-    known = set(case_ids)
+    known = {case_id.lower(): case_id for case_id in case_ids}
     hits: dict[int, int] = defaultdict(int)
     for row in rows:
         for column, cell in enumerate(row):
-            hits[column] += cell in known
+            hits[column] += cell.lower() in known
     own = max(hits, key=lambda column: hits[column], default=None)
-    headers = [cell.lower().replace(" ", "_") for cell in rows[0]] if rows else []
     joined = []
+    of_patients: set[int] = set()  # columns
     for row in rows:
         ids = [normalise_id(cell) for cell in row if patient_named(cell)]
-        if own is not None and own < len(row) and row[own] in known:
-            ids.append(row[own])
-        for header, cell in zip(headers, row, strict=False):
-            if ids and header in PATIENT_HEADERS and cell.lower() not in NO_VALUE and not patient_named(cell):
+        if own is not None and own < len(row) and row[own].lower() in known:
+            ids.append(known[row[own].lower()])
+        if not ids and not joined:  # the header, below whatever a person wrote above it
+            of_patients |= {column for column, cell in enumerate(row) if is_patient_header(cell)}
+        for column, cell in enumerate(row):
+            if ids and column in of_patients and cell.lower() not in NO_VALUE and not patient_named(cell):
                 ids.append(f"patient {cell} of {sheet}")
         if ids:
             joined.append(ids)
     return joined
+
+
+def is_patient_header(cell: str) -> bool:
+    """Return whether a cell heads a column of patients: Patient ID, participant_id, SubjectID, ..."""
+    return PATIENT_HEADER.fullmatch(re.sub(r"[^a-z]", "", cell.lower())) is not None
 
 
 def group_ids(rows: Iterable[Sequence[str]]) -> dict[str, set[str]]:
@@ -234,7 +241,15 @@ def map_patients(cases: Sequence[Case], sheets: Sequence[Path], given: Path | No
             raise InputError(
                 f"--mapping {path}", f"names none of the cases, first {case_ids[0]}", "give their sheet"
             )
-        rows += join_rows(read_sheet(path), case_ids, file_sha256(path)[:16])
+        found = join_rows(read_sheet(path), case_ids, file_sha256(path)[:16])
+        if path == given and all(len(set(ids)) < 2 for ids in found):
+            log.warning(
+                "--mapping %s names %d cases and says of none who the patient is: head its column of "
+                "patients: patient",
+                path,
+                len(found),
+            )
+        rows += found
     settled = {
         name for ids in rows if len(set(ids)) > 1 for name in ids
     }  # where a sheet says more than the id

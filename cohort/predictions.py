@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 
 from cohort.cases import Case, read_labels
-from cohort.labels import LABEL_CONVENTIONS, regions_from_labels
-from cohort.nifti import AFFINE_TOLERANCE_MM
+from cohort.labels import regions_from_labels, values_of
+from cohort.nifti import AFFINE_TOLERANCE_MM, measure_spacing
 from runtime.errors import InputError
 from runtime.folders import walk_tree
 from runtime.processes import map_in_processes
@@ -166,8 +165,7 @@ def read_pair(
             f"lies elsewhere than the reference {case.mask[0]}: affine {own}, the reference's {other}",
             "write the mask with the geometry of the scan",
         )
-    spacing_mm = tuple(float(size) for size in nib.affines.voxel_sizes(affine)[::-1])
-    return reference, prediction, spacing_mm
+    return reference, prediction, measure_spacing(affine)
 
 
 def find_values(pair: tuple[Case, tuple[Path, ...]]) -> set[int]:
@@ -182,7 +180,7 @@ def collect_values(pairs: Sequence[tuple[Case, tuple[Path, ...]]]) -> set[int]:
 
 def usual_regions(cases: Sequence[Case]) -> tuple[str, ...]:
     """Return the regions that the label conventions of all cases have."""
-    tables = [LABEL_CONVENTIONS[convention] for convention in {case.convention for case in cases}]
+    tables = [values_of(convention) for convention in sorted({case.convention for case in cases})]
     return tuple(region for region in tables[0] if all(region in table for table in tables))
 
 
@@ -193,7 +191,7 @@ def is_binary(convention: str, values: set[int], regions: Sequence[str]) -> bool
     would be read as the necrotic core or edema.
     """
     present = values - {0}
-    if len(LABEL_CONVENTIONS[convention]) == 1 or len(present) != 1:
+    if len(values_of(convention)) == 1 or len(present) != 1:
         return False
     if len(regions) > 1:
         raise InputError(

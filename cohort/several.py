@@ -67,7 +67,7 @@ def name_cohorts(folders: Sequence[str]) -> list[str]:
 
 
 def join_cohorts(
-    folders: Sequence[str], scanned: Sequence[tuple[list[Case], list[Path]]], given: Path | None
+    names: Sequence[str], scanned: Sequence[tuple[list[Case], list[Path]]], given: Path | None
 ) -> list[Case]:
     """Return the cases of several folders, each given as (cases, mapping sheets), as those of cohorts.
 
@@ -77,7 +77,7 @@ def join_cohorts(
         raise InputError(f"--mapping {given}", "names none of the cases", "give their sheet")
     cases = [
         dataclasses.replace(case, cohort=name)
-        for name, (own, sheets) in zip(name_cohorts(folders), scanned, strict=True)
+        for name, (own, sheets) in zip(names, scanned, strict=True)
         for case in map_patients(own, [*sheets, *([given] if given else [])])
     ]
     return make_ids_unique(cases)

@@ -19,6 +19,7 @@ from runtime.files import write_atomically
 
 # With apostrophes before it, as those of an id stay its own; the last four are = + - @ of full width.
 FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+NOTHING = ("", "NA", "NaN", "nan", "None", "null")  # cells of a column of numbers that hold none
 NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf|nan)")
 
 
@@ -95,13 +96,16 @@ def read_columns(
     remedy, where the file is none of that.
     """
     try:
-        table = read_table(path, dtype=dict.fromkeys(text, str), encoding="utf-8")
+        # a case may be called NA, which pandas takes for an empty cell
+        others = set(pd.read_csv(path, nrows=0, encoding="utf-8").columns) - set(text)
+        nothing = {"na_values": dict.fromkeys(others, NOTHING), "keep_default_na": False}
+        table = read_table(path, dtype=dict.fromkeys(text, str), encoding="utf-8", **nothing)
     except (OSError, ValueError, OverflowError) as error:  # of pandas' own errors all are ValueErrors
         raise InputError(path, f"not a readable table ({_one_line(error)})", remedy) from error
     if missing := [name for name in (*text, *numbers) if name not in table]:
         raise InputError(path, f"no column {missing[0]}", remedy)
     for name in text:
-        if table[name].isna().any():
+        if (table[name] == "").any():
             raise InputError(path, f"column {name} has an empty cell", remedy)
     for name in numbers:
         column = table[name]

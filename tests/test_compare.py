@@ -78,6 +78,15 @@ def test_comparison_is_paired_over_common_cases_and_writes_numbers_and_picture(t
     assert line[:6] == ["internal", "WT", "dice", "0.5750", "0.5500", "+0.0250"]
 
 
+def test_cases_with_names_that_pandas_takes_for_nothing_are_compared(tmp_path):
+    cases = [("NA", "nan"), ("None", "null"), ("007", "1e5")]
+    for name in "ab":
+        write_run(tmp_path / name, [0.5, 0.6, 0.7], cases)
+    compare_runs([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"), 0)
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert content["cohorts"]["internal"]["WT"]["n_patients"] == 3
+
+
 def test_comparison_the_other_way_round_changes_the_sign_alone(tmp_path):
     cases = [(case, case) for case, _ in CASES]
     write_run(tmp_path / "a", [0.5, 0.6, 0.7, 0.8, 0.9, 0.4, 0.3, 0.2], cases)

@@ -21,7 +21,15 @@ from audit.inputs import read_case
 from audit.postprocess import join_settings, postprocess, settings_of, threshold_regions
 from cohort.cases import load_case
 from cohort.ensemble import Members, check_members, join_checkpoints
-from cohort.folds import is_run_of_folds, list_checkpoints, plan_runs
+from cohort.folds import (
+    begin_fold,
+    check_alike,
+    check_splits,
+    draw_fold,
+    is_run_of_folds,
+    list_checkpoints,
+    plan_runs,
+)
 from cohort.layouts import CaseSource, find_cases
 from inference_v2 import (
     InferenceConfig,
@@ -35,6 +43,7 @@ from inference_v2 import (
 )
 from runtime.checkpoints import load_checkpoint, newest_run, save_checkpoint
 from runtime.command import parse, to_plain
+from runtime.errors import InputError
 from train_drunet_v2 import choose_settings
 from training.resume import share_batch
 from training.settings import TrainConfig
@@ -223,6 +232,83 @@ def test_a_run_of_folds_goes_on_with_the_first_that_is_not_finished(tmp_path, mo
         plan("--resume results/cv --size 64")
     with input_error("results/cv", "2 of its 3", "fold_1", "--resume results/cv"):
         list_checkpoints("results/cv")
+
+
+def test_more_epochs_are_for_all_folds(tmp_path, monkeypatch, input_error):
+    monkeypatch.chdir(tmp_path)
+    _, runs = plan("--data-dir x --run cv --folds 2 --epochs 7")
+    for fold, epochs in ((0, 7), (1, 7)):
+        finish(f"results/cv/fold_{fold}", runs[fold])
+        last = Path(f"results/cv/fold_{fold}/last.pt")
+        save_checkpoint(last, load_checkpoint(last) | {"epoch": epochs})
+    assert plan("--resume results/cv")[1] == []
+    longer = plan("--resume results/cv --epochs 9")[1]
+    assert [(each.run, each.epochs, each.resume) for each in longer] == [
+        (f"fold_{fold}", 9, f"results/cv/fold_{fold}") for fold in (0, 1)
+    ]
+    assert json.loads(Path("results/cv/config.json").read_text())["epochs"] == 9
+    assert [each.epochs for each in plan("--resume results/cv")[1]] == [9, 9]  # as was asked last
+    with input_error("--epochs 6", "fold_0", "7"):
+        plan("--resume results/cv --epochs 6")
+    with input_error("--max-minutes 5", "results/cv"):
+        plan("--resume results/cv --max-minutes 5")
+
+
+def test_a_fold_that_another_program_has_or_had_is_passed_over(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "drunet")
+    _, runs = plan("--data-dir x --run cv --folds 3")
+    assert begin_fold(runs[0]) == runs[0]
+    finish("results/cv/fold_1", runs[1])
+    assert begin_fold(runs[1]) is None
+    assert "fold_1 is passed over: it has been finished meanwhile" in caplog.text
+    finish("results/cv/fold_2", runs[2], minutes=1.0)  # begun, and stopped
+    assert begin_fold(runs[2]).resume == "results/cv/fold_2"
+
+    def is_taken(folder: Path, remedy: str) -> None:
+        raise InputError(folder, "another program works in it", remedy)
+
+    monkeypatch.setattr("cohort.folds.claim_folder", is_taken)
+    assert begin_fold(runs[0]) is None
+    assert "fold_0 is passed over: another program works in it" in caplog.text
+
+
+def test_a_run_of_folds_of_which_nothing_was_drawn_can_be_started_again(tmp_path, monkeypatch, input_error):
+    monkeypatch.chdir(tmp_path)
+    plan("--data-dir typo --run cv --folds 50")
+    _, runs = plan("--data-dir x --run cv --folds 2 --fold 1")
+    assert runs[0].source.folds == 2
+    assert json.loads(Path("results/cv/config.json").read_text())["data_dir"] == "x"
+    Path("results/cv/folds.json").write_text('{"folds": []}')
+    with input_error("--run cv", "exists"):
+        plan("--data-dir x --run cv --folds 2")
+    with input_error("folds.json", "2 folds"):
+        draw_fold(Path("results/cv"), [], 2, 1, 0)
+
+
+def test_folds_know_the_cases_they_were_drawn_from(tmp_path, make_cases, input_error):
+    cases = make_cases([(f"c{number}", f"c{number}") for number in range(6)])
+    split = draw_fold(tmp_path, cases, 3, 0, 0)
+    assert draw_fold(tmp_path, cases, 3, 0, 0) == split
+    assert draw_fold(tmp_path, cases[1:], 3, 0, 0) == split  # a case that is gone is missed where it is read
+    more = make_cases([("new", "new")])
+    with input_error("folds.json", "1 of the cases", "new"):
+        draw_fold(tmp_path, [*cases, *more], 3, 0, 0)
+
+
+def test_folds_of_other_settings_or_splits_are_no_cross_validation(tmp_path, monkeypatch, input_error):
+    monkeypatch.chdir(tmp_path)
+    _, runs = plan("--data-dir x --run cv --folds 2")
+    configs = [to_plain(each) for each in runs]
+    check_alike(Path("results/cv"), configs)
+    check_alike(Path("results/cv"), [configs[0], configs[1] | {"epochs": 3, "workers": 7}])
+    with input_error("fold_1", "--ema 0.5", "--resume results/cv"):
+        check_alike(Path("results/cv"), [configs[0], configs[1] | {"ema": 0.5}])
+    own = [{"sha256": str(fold)} for fold in (0, 1)]
+    Path("results/cv/folds.json").write_text(json.dumps({"folds": own}))
+    check_splits(Path("results/cv"), {1: own[1]})
+    with input_error("fold_1", "another split", "--resume results/cv"):
+        check_splits(Path("results/cv"), {1: own[0]})
 
 
 def test_settings_of_a_fold_make_a_new_run_beside_the_old_one(tmp_path, monkeypatch):

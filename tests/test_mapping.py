@@ -138,6 +138,30 @@ def test_a_sheet_of_ones_own_joins_scans_by_its_patient_column(tmp_path, cohort)
     assert aliases == [["18"], [], [], [], []]
 
 
+@pytest.mark.parametrize(
+    "sheet",
+    [
+        "PatientID,Scan\nX1,scan_a\nX1,scan_b\n",
+        "participant_id;Scan\nX1;scan_a\nX1;scan_b\n",
+        "Scan,Subject-Id\nscan_a,X1\nscan_b,X1\n",
+        "made on Monday,\nScan,Patient ID\nscan_a,X1\nscan_b,X1\n",  # a comment above
+        "Scan,patient\nSCAN_A,X1\nScan_b,X1\n",
+    ],
+)
+def test_a_patient_column_is_known_by_what_people_call_it(tmp_path, cohort, sheet):
+    cases = cohort(["scan_a", "scan_b", "scan_c"], mapping=write(tmp_path / "own.csv", sheet))
+    first, second, other = (case.patient_id for case in cases)
+    assert first == second != other
+
+
+def test_a_given_sheet_that_joins_nobody_is_warned_of(tmp_path, cohort, caplog):
+    cohort(["scan_a", "scan_b"], mapping=write(tmp_path / "own.csv", "Scan,who\nscan_a,X1\nscan_b,X1\n"))
+    assert "own.csv names 2 cases and says of none who the patient is" in caplog.text
+    caplog.clear()
+    cohort(["scan_a", "scan_b"], mapping=write(tmp_path / "two.csv", "Scan,patient\nscan_a,X1\nscan_b,X2\n"))
+    assert not caplog.text
+
+
 def test_a_patient_column_joins_scans_of_two_cohorts(tmp_path, cohort):
     sheet = write(tmp_path / "own.csv", "scan,patient\nh19_1,P7\nh21_5,P7\nh21_6,P8\n")
     (old,) = cohort(["h19_1"], "old", sheet)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -261,6 +262,35 @@ def test_scores_are_compared_with_a_run_over_the_cases_it_tested(
         given = "A" if sign == 1 else "B"
         assert f"with TTA, masks of {given} as given" in Path("out/comparison.html").read_text()
     assert Path("out/comparison.png").is_file()
+
+
+def test_labels_in_an_order_of_ones_own_are_scored(data: Path, masks: Path, monkeypatch) -> None:
+    own = "core=1,edema=2,enhancing=4"  # as a dataset.json of nnU-Net spells them out
+
+    def scan(source: CaseSource) -> list:
+        return [replace(case, convention=own) for case in scan_cases(source)]
+
+    monkeypatch.setattr("audit.score.scan_cases", scan)
+    spelled, _, _ = score(data, masks)
+    monkeypatch.undo()
+    monkeypatch.chdir(data.parent)
+    usual, _, _ = score(data, masks)
+    assert spelled["cohorts"] == usual["cohorts"]
+
+
+def test_volumes_of_a_sheared_grid_are_those_of_the_determinant(
+    tmp_path: Path, write_nifti, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    affine = np.diag([-2.0, -2.0, 3.0, 1.0])
+    affine[0, 1] = 0.5
+    stem = tmp_path / "data" / "BraTS2021_00000" / "BraTS2021_00000"
+    write_nifti(Path(f"{stem}_flair.nii.gz"), np.ones(SHAPE, np.int16), affine)
+    for path in (f"{stem}_seg.nii.gz", tmp_path / "masks" / "BraTS2021_00000.nii.gz"):
+        write_nifti(Path(path), labels_of(0), affine)
+    _, rows, _ = score(tmp_path / "data", tmp_path / "masks")
+    voxels = np.count_nonzero(labels_of(0))
+    assert rows.loc[rows["region"] == "WT", "reference_ml"].item() == pytest.approx(voxels * 12 / 1000)
 
 
 def test_scores_of_two_tools_are_compared(data: Path, masks: Path, tmp_path: Path) -> None:

@@ -119,6 +119,25 @@ def test_each_folder_has_its_own_layout(source):
     assert find_cases_of_run(run, run["data_dir"]) == cases
 
 
+def test_folders_that_have_moved_keep_the_names_of_the_runs(write_nifti, tmp_path, input_error, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = ["one", "two"]
+    for name in before:
+        for case in ("BraTS2021_00001", f"{name}_alone"):
+            write_nifti(tmp_path / name / case / f"{case}_flair.nii.gz", np.zeros((4, 4, 4), np.int16))
+    run = {"data_dir": before, "modalities": ["flair"]}
+    cases = find_cases_of_run(run, before)
+    for name in before:
+        (tmp_path / name).rename(tmp_path / f"{name}_moved")
+    moved = find_cases_of_run(run, ["one_moved", "two_moved"])
+    assert [(case.case_id, case.cohort, case.patient_id) for case in moved] == [
+        (case.case_id, case.cohort, case.patient_id) for case in cases
+    ]
+    assert "one_BraTS2021_00001" in {case.case_id for case in moved}
+    with input_error("--data-dir one_moved", "2 folders", "one two"):
+        find_cases_of_run(run, "one_moved")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Names
 # ------------------------------------------------------------------------------------------------------------

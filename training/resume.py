@@ -1,7 +1,7 @@
 """The settings of a run that goes on: its own, but for what may change."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,23 @@ def settings_of_resumed(folder: Path, parse: Callable[..., TrainConfig]) -> Trai
 
 
 def settings_of_folds(folder: Path, parse: Callable[..., TrainConfig]) -> TrainConfig:
-    """Return the settings of a run of folds to go on with; --max-minutes stays that of each fold."""
+    """Return the settings of a run of folds to go on with; --max-minutes stays that of each fold.
+
+    More --epochs are for all folds: those that are finished go on too.
+    """
     own = files.read_json(folder / "config.json", "--resume", "a run")
     saved = command.from_plain(TrainConfig, complete_settings(own))
     place = {"results_dir": str(folder.parent), "run": folder.name, "config": None}
     defaults = dataclasses.replace(saved, resume=str(folder), **place)
     settings = parse(defaults)
-    refuse_changes(folder, settings, command.to_plain(defaults), (*RESUMABLE, "resume", "fold"))
+    free = {*RESUMABLE, "resume", "fold"} - {"max_minutes"}  # which finished folds have had
+    refuse_changes(folder, settings, command.to_plain(defaults), free)
     return settings
 
 
-def refuse_changes(folder: Path, settings: TrainConfig, before: dict[str, Any], free: Sequence[str]) -> None:
+def refuse_changes(
+    folder: Path, settings: TrainConfig, before: dict[str, Any], free: Collection[str]
+) -> None:
     """Raise InputError where settings that are not free are others than those of the run resumed."""
     for name, value in command.to_plain(settings).items():
         if value != before[name] and name not in free:

@@ -36,7 +36,8 @@ class Run:
 
 def how_to_resume(run: Run) -> str:
     """Return the words that say how to go on with a run."""
-    return f"go on with: python train_drunet_v2.py --resume {shlex.quote(str(run.folder))}"
+    folder = run.folder.parent if folds.is_run_of_folds(run.folder.parent) else run.folder
+    return f"go on with: python train_drunet_v2.py --resume {shlex.quote(str(folder))}"
 
 
 def remedy_of(run: Run, state: TrainState) -> str:

@@ -38,7 +38,8 @@ def place_run(config: TrainConfig) -> TrainConfig:
             "name more in --modalities",
         )
     data_dir = phantom.choose_data_dir(config.source.data_dir)
-    results, remedy = Path(config.results_dir), "choose another --run"
+    results = Path(config.results_dir)
+    remedy = "choose another --run" if config.source.fold is None else "wait until that one ends"
     if config.run:
         name = config.run
         claims.claim_folder(results / name, remedy)
