@@ -15,7 +15,7 @@ from cohort.cases import Case
 from cohort.phantom import choose_data_dir
 from cohort.split import SPLIT_PARTS, read_split, split_folds, split_sha256
 from runtime.checkpoints import has_last, load_checkpoint, load_last
-from runtime.claims import claim_folder
+from runtime.claims import ClaimedError, claim_folder
 from runtime.command import command_line, flag_of, from_plain, to_plain
 from runtime.errors import InputError
 from runtime.files import read_json, write_json
@@ -171,7 +171,7 @@ def plan_runs(
     if not is_there:
         try:
             config = place(config)
-        except InputError:  # two folds were started at once
+        except ClaimedError:  # two folds were started at once
             if config.source.fold is None or not wait_for_start(run):
                 raise
             is_there = True
@@ -249,7 +249,7 @@ def begin_fold(config: Settings) -> Settings | None:
     folder = Path(config.results_dir) / config.run
     try:
         claim_folder(folder, "wait until that one ends")
-    except InputError as error:
+    except ClaimedError as error:
         log.info("%s is passed over: %s", folder, error.problem)
         return None
     if is_done(folder, config):

@@ -125,7 +125,7 @@ def find_fault(intensities: np.ndarray) -> str | None:
         return "is empty"
     low, high = intensities.min(), intensities.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        return "holds NaN or infinite values in the head"
+        return "holds NaN or infinite values in the head, or by themselves"
     if max(abs(float(low)), abs(float(high))) > LARGEST_INTENSITY:
         return f"holds values from {low:.3g} to {high:.3g}, beyond what float32 computes with"
     return None

@@ -24,10 +24,14 @@ _claimed: dict[Path, tuple[int, bool]] = {}  # {folder: (file descriptor, whethe
 _warned = False
 
 
+class ClaimedError(InputError):
+    """Another program has the folder."""
+
+
 def claim_folder(folder: Path, remedy: str) -> None:
     """Take a folder, made where missing, until this program ends; remove what killed ones left half-written.
 
-    Raises InputError with `remedy` where another program has it. Where the system or the file system has no
+    Raises ClaimedError with `remedy` where another program has it. Where the system or the file system has no
     locks, or the folder cannot be written, this is logged once and nothing is taken.
     """
     folder = folder.absolute()
@@ -42,7 +46,7 @@ def claim_folder(folder: Path, remedy: str) -> None:
         handle = _open_locked(folder / LOCK)
     except BlockingIOError:
         owner = _read_owner(folder / LOCK)
-        raise InputError(folder, f"another program works in it{owner}", remedy) from None
+        raise ClaimedError(folder, f"another program works in it{owner}", remedy) from None
     except OSError as error:
         _go_on_without(folder, error.strerror)
         return

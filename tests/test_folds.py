@@ -42,8 +42,8 @@ from inference_v2 import (
     predict_with_spread,
 )
 from runtime.checkpoints import load_checkpoint, newest_run, save_checkpoint
+from runtime.claims import ClaimedError
 from runtime.command import parse, to_plain
-from runtime.errors import InputError
 from train_drunet_v2 import choose_settings
 from training.resume import share_batch
 from training.settings import TrainConfig
@@ -266,11 +266,27 @@ def test_a_fold_that_another_program_has_or_had_is_passed_over(tmp_path, monkeyp
     assert begin_fold(runs[2]).resume == "results/cv/fold_2"
 
     def is_taken(folder: Path, remedy: str) -> None:
-        raise InputError(folder, "another program works in it", remedy)
+        raise ClaimedError(folder, "another program works in it", remedy)
 
     monkeypatch.setattr("cohort.folds.claim_folder", is_taken)
     assert begin_fold(runs[0]) is None
     assert "fold_0 is passed over: another program works in it" in caplog.text
+
+
+def test_two_folds_that_start_at_once_are_one_run(tmp_path, monkeypatch, input_error):
+    monkeypatch.chdir(tmp_path)
+    text = "--data-dir x --run cv --folds 2 --fold"
+
+    def is_taken(_: TrainConfig) -> TrainConfig:
+        plan(f"{text} 0")  # the other program, which has the folder and writes its settings
+        raise ClaimedError(Path("results/cv"), "another program works in it", "")
+
+    config = choose_settings(lambda defaults=None: parse(TrainConfig, "", defaults, f"{text} 1".split()))
+    _, (fold,) = plan_runs(config, is_taken, share_batch)
+    assert (fold.results_dir, fold.run) == ("results/cv", "fold_1")
+    monkeypatch.setattr("cohort.folds.LONGEST_WAIT_S", 600)  # for a claim alone, not for a wrong command line
+    with input_error("--modality-dropout"):
+        plan("--data-dir x --run other --folds 2 --fold 0 --modality-dropout 0.5")
 
 
 def test_a_run_of_folds_of_which_nothing_was_drawn_can_be_started_again(tmp_path, monkeypatch, input_error):
