@@ -58,11 +58,17 @@ EXTERNAL_BRIGHTNESS = (
 
 
 def is_phantom(case: Case) -> bool:
-    """Tell whether a case was made by make_phantom_v2.py, by the description in its NIfTI header."""
-    path = next(iter(case.modalities.values()))[0]
-    if case.layout == "slices":
+    """Tell whether a case was made by make_phantom_v2.py, by the description in its NIfTI header.
+
+    What cannot be told, as the file is gone or damaged, counts as a patient.
+    """
+    if case.layout == "slices" or not case.modalities:
         return False
-    return bytes(read_nifti_header(path).header["descrip"]).rstrip(b"\0") == PHANTOM_DESCRIPTION.encode()
+    try:
+        header = read_nifti_header(next(iter(case.modalities.values()))[0]).header
+    except InputError:
+        return False
+    return bytes(header["descrip"]).rstrip(b"\0") == PHANTOM_DESCRIPTION.encode()
 
 
 def name_kind(are_phantoms: Iterable[bool]) -> str:
