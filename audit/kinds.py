@@ -29,7 +29,7 @@ def list_phantoms(cohorts: Mapping[str, Sequence[PreparedCase]]) -> frozenset[tu
 def kind_of(summary: Mapping[str, Any], cohort: str) -> str:
     """Return the kind of a cohort of a summary.json; an earlier version says that of training alone."""
     name = "external" if cohort == "external_unseen" else cohort
-    return summary.get("kinds", {}).get(name, summary["data_kind"])
+    return summary.get("kinds", {}).get(name, summary.get("data_kind", "unknown"))
 
 
 def kind_tested(summary: Mapping[str, Any]) -> str:

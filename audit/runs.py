@@ -69,9 +69,7 @@ class RunFacts:
     best: dict[str, Any] | None = None  # best.pt without its weights
     summary: dict[str, Any] | None = None  # of the audit, where it is of this best.pt
     headlines: list[Headline] = field(default_factory=list)
-    sources: list[Headline] = field(
-        default_factory=list
-    )  # of each cohort trained on, where there are several
+    sources: list[Headline] = field(default_factory=list)  # of each cohort trained on, of several
     folds: list["RunFacts"] = field(default_factory=list)  # of a run of folds
     progress: dict[str, str] = field(default_factory=dict)  # how far training came, in figures
     counts: list[dict[str, Any]] = field(default_factory=list)  # of the split, by part

@@ -132,10 +132,10 @@ def check_alike(run: Path, configs: Sequence[Mapping[str, Any]]) -> None:
     """Raise InputError where folds were trained with different settings: they are no cross-validation."""
     for fold, config in enumerate(configs):
         for name, value in configs[0].items():
-            if name not in (*FREE, *ENDS) and config.get(name) != value:
+            if name not in (*FREE, *ENDS) and config.get(name, value) != value:
                 raise InputError(
                     run / f"fold_{fold}",
-                    f"was trained with {flag_of(name)} {config.get(name)}, fold_0 with {value}",
+                    f"was trained with {flag_of(name)} {config[name]}, fold_0 with {value}",
                     f"remove that folder, and train the fold by --resume {run}",
                 )
 
