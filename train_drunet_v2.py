@@ -75,7 +75,7 @@ def choose_settings(parse: Callable[..., TrainConfig]) -> TrainConfig:
         raise InputError("--config", "a resumed run has its own settings", "leave --config or --resume out")
     if typed.resume:
         return settings_of_resumed(Path(typed.resume), parse)
-    if typed.config and parse(TrainConfig(preset="strong")).preset == parse(TrainConfig()).preset:
+    if typed.config and parse(TrainConfig(preset="strong")).preset == typed.preset:
         raise InputError(f"--preset {typed.preset}", "--config has all settings", "leave one of them out")
     if typed.config:
         settings = command.from_plain(

@@ -20,7 +20,7 @@ from audit.plots import plot_comparison
 from audit.results import read_summary
 from audit.statistics import compare_paired, format_spread
 from cohort.folds import is_run_of_folds, list_checkpoints
-from cohort.phantom import PHANTOM_NOTE
+from cohort.phantom import PHANTOM_NOTE, join_kinds
 from runtime.checkpoints import load_checkpoint
 from runtime.command import command_line
 from runtime.errors import InputError
@@ -205,11 +205,11 @@ def summarise_comparison(
 ) -> dict[str, Any]:
     """Return what comparison.json holds: runs and rows of A and B as read, and the rows of both together."""
     summaries = [read_summary(run / "evaluation" / "summary.json") for run in runs]
-    kinds = {kind_of(each, cohort) for each in summaries for cohort in paired["cohort"].unique()}
+    kinds = [kind_of(each, cohort) for each in summaries for cohort in paired["cohort"].unique()]
     return {
         "run_a": str(runs[0]),
         "run_b": str(runs[1]),
-        "data_kind": kinds.pop() if len(kinds) == 1 else "mixed",
+        "data_kind": join_kinds(kinds),
         "masks_as_given": {name: find_scores(run) is not None for name, run in zip("ab", runs, strict=True)},
         "averaged_over": "per case, then the mean over the cases both runs audited; difference is A - B; "
         "ci95 by bootstrap over patients; p by flipping the sign of each patient's differences",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cohort.cache import PreparedCase
-from cohort.phantom import PHANTOM_NOTE, name_kind
+from cohort.phantom import PHANTOM_NOTE, join_kinds, name_kind
 
 KIND_WORDS = {"phantom": "synthetic phantoms", "real": "patients", "mixed": "patients and synthetic phantoms"}
 TRAINED_ON_PHANTOMS = "the network was trained on synthetic phantoms; its masks of real scans mean nothing"
@@ -34,8 +34,7 @@ def kind_of(summary: Mapping[str, Any], cohort: str) -> str:
 
 def kind_tested(summary: Mapping[str, Any]) -> str:
     """Return the kind of all test cases of a summary.json together."""
-    kinds = {kind_of(summary, cohort) for cohort in summary["cohorts"] if cohort != "validation"}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
+    return join_kinds(kind_of(summary, cohort) for cohort in summary["cohorts"] if cohort != "validation")
 
 
 def note_kind(kind: str) -> str:

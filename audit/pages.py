@@ -139,9 +139,7 @@ def list_provenance(run: RunFacts) -> dict[str, Any]:
     """Return commands, hashes, hardware and versions of a run and of its audit."""
     config, summary, best = run.config or {}, run.summary or {}, run.folder / "best.pt"
     provenance = {
-        "training command": "\n".join([config["command"], *config.get("resumed_with", ())])
-        if config.get("command")
-        else None,
+        "training command": "\n".join(run.commands) or None,
         "audit command": summary.get("command"),
         "split sha256": (run.split or {}).get("sha256"),
         "checkpoint sha256": file_sha256(best) if best.is_file() else None,

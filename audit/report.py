@@ -27,7 +27,7 @@ from audit.kinds import kind_tested, list_kind_warnings
 from audit.page import write_page
 from audit.postprocess import describe_postprocessing
 from audit.results import AuditResults, headline_mode
-from audit.sources import label_cohort
+from audit.sources import label_cohort, list_missing
 from audit.statistics import format_spread
 from cohort.leakage import EVIDENCE, NOTES
 from runtime.files import mark_output_folder
@@ -247,11 +247,8 @@ def list_warnings(summary: Mapping[str, Any]) -> list[str]:
             warnings.append(
                 f"{count} tested case(s): {grade}. This is no proof and does not count as seen: look at them."
             )
-    for cohort, counts in summary.get("missing_modalities", {}).items():
-        for names, count in counts.items():
-            warnings.append(
-                f"{cohort}: {count} cases have no {names}, filled as --modality-dropout did in training."
-            )
+    for words in list_missing(summary):
+        warnings.append(f"{words}, filled as --modality-dropout did in training.")
     if "external_unseen" in summary["cohorts"]:
         warnings.append("external_unseen is the external cohort without the cases that were seen.")
     return warnings

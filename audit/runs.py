@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 
 from audit.kinds import KIND_WORDS
+from audit.sources import list_missing
 from audit.statistics import LEAST_PATIENTS, format_spread
 from cohort.folds import is_run_of_folds, list_folders
 from cohort.split import SPLIT_PARTS, read_split
@@ -88,6 +89,12 @@ class RunFacts:
     def settings(self) -> dict[str, Any]:
         """The settings in config.json; empty where it is not there."""
         return {name: value for name, value in (self.config or {}).items() if name not in NO_SETTINGS}
+
+    @property
+    def commands(self) -> list[str]:
+        """The command that started training and those that resumed it; empty where no file says."""
+        config = self.config or {}
+        return [config["command"], *config.get("resumed_with", ())] if config.get("command") else []
 
     @property
     def data_kind(self) -> str:
@@ -291,10 +298,7 @@ def list_marks(run: RunFacts) -> list[str]:
     for cohort, kind in summary.get("kinds", {}).items():
         if cohort != "validation" and kind != summary.get("data_kind"):
             marks.append(f"{cohort}: {KIND_WORDS[kind]}.")
-    for cohort, counts in summary.get("missing_modalities", {}).items():
-        for names, count in counts.items():
-            if cohort != "validation":
-                marks.append(f"{cohort}: {count} cases have no {names}.")
+    marks += [f"{words}." for words in list_missing(summary)]
     for best in (run.best, *(fold.best for fold in run.folds[:1])):
         if begun := (best or {}).get("init"):
             marks.append(describe_init(begun))

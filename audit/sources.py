@@ -49,6 +49,15 @@ def label_cohort(row: Any) -> str:
     return f"internal: {row.source}" if row.cohort == "internal" and hasattr(row, "source") else row.cohort
 
 
+def list_missing(summary: Mapping[str, Any]) -> list[str]:
+    """Return in words how many cases of a cohort lack which modalities, from a summary.json."""
+    return [
+        f"{cohort}: {count} cases have no {names}"
+        for cohort, counts in summary.get("missing_modalities", {}).items()
+        for names, count in counts.items()
+    ]
+
+
 def count_missing(cohorts: Mapping[str, Sequence[PreparedCase]], compared: str) -> dict[str, Any]:
     """Return {"missing_modalities": {cohort: {modalities as text: cases without them}}}; empty for none.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cohort.initial import identities_of, join_identities
 from cohort.leakage import pack_identities
+from cohort.phantom import join_kinds
 from runtime.errors import InputError
 
 ALIKE = ("modalities", "regions", "context", "size")  # the settings that members must have in common
@@ -62,14 +63,13 @@ def join_checkpoints(paths: Sequence[Path], checkpoints: Sequence[Mapping[str, A
     their files. "split_sha256" is there where all have one split, else no case is held out from all.
     """
     thresholds = [each.get("thresholds") or [0.5] * len(each["config"]["regions"]) for each in checkpoints]
-    kinds = [each["data_kind"] for each in checkpoints]
     dropout = min(each["config"].get("modality_dropout", 0.0) for each in checkpoints)  # 0 where one has none
     joined: dict[str, Any] = {
         "config": checkpoints[0]["config"] | {"modality_dropout": dropout},
         "members": [str(path) for path in paths],
         "thresholds": [float(value) for value in np.mean(thresholds, 0)],
         "weights_sha256": join_sha256([each["weights_sha256"] for each in checkpoints]),
-        "data_kind": kinds[0] if len(set(kinds)) == 1 else "mixed",
+        "data_kind": join_kinds(each["data_kind"] for each in checkpoints),
         "spacing_mm": join_spacing([each["spacing_mm"] for each in checkpoints if each.get("spacing_mm")]),
         "reference_ml": join_ranges([each.get("reference_ml") or {} for each in checkpoints]),
         "declared_different": sorted(

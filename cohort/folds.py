@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from cohort.cases import Case
 from cohort.phantom import choose_data_dir
 from cohort.split import SPLIT_PARTS, read_split, split_folds, split_sha256
-from runtime.checkpoints import has_last, load_checkpoint, load_last
+from runtime.checkpoints import has_last, load_checkpoint, load_last, read_facts
 from runtime.claims import ClaimedError, claim_folder
 from runtime.command import command_line, flag_of, from_plain, to_plain
 from runtime.errors import InputError
@@ -215,8 +215,16 @@ def is_done(folder: Path, config: Any) -> bool:
         return False
     if not has_last(folder):
         return True
-    last, _ = load_last(folder)
+    last = read_last(folder)
     return all(last["config"].get(name, value) == value for name, value in ends_of(config).items())
+
+
+def read_last(folder: Path) -> dict[str, Any]:
+    """Return what a fold's last checkpoint says, without reading its weights where it is whole."""
+    try:
+        return read_facts(folder / "last.pt")
+    except InputError:
+        return load_last(folder)[0]
 
 
 def ends_of(config: Any) -> dict[str, Any]:
@@ -227,7 +235,7 @@ def ends_of(config: Any) -> dict[str, Any]:
 def keep_ends(run: Path, config: Any) -> None:
     """Write the ends of a resumed run into its config.json; InputError where a fold is beyond them."""
     for folder in list_folders(run):
-        epoch = load_last(folder)[0].get("epoch", 0) if has_last(folder) else 0
+        epoch = read_last(folder).get("epoch", 0) if has_last(folder) else 0
         if epoch > config.epochs:
             raise InputError(
                 f"--epochs {config.epochs}", f"{folder} has been trained for {epoch}", "give as many at least"

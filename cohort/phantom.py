@@ -73,8 +73,13 @@ def is_phantom(case: Case) -> bool:
 
 def name_kind(are_phantoms: Iterable[bool]) -> str:
     """Return "phantom" or "real", of cases each of which is one or the other, or "mixed"."""
-    kinds = {"phantom" if each else "real" for each in are_phantoms}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
+    return join_kinds("phantom" if each else "real" for each in are_phantoms)
+
+
+def join_kinds(kinds: Iterable[str]) -> str:
+    """Return the kind of what is of these kinds together: theirs where they are one, else "mixed"."""
+    different = set(kinds)
+    return different.pop() if len(different) == 1 else "mixed"
 
 
 class Scanner(NamedTuple):
