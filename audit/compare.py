@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from audit.comparison_page import note_of_modes, write_comparison_page
+from audit.comparison_page import name_modes, write_comparison_page
 from audit.kinds import KIND_WORDS, kind_of, note_kind
 from audit.pages import attempt, write_index
 from audit.plots import plot_comparison
@@ -230,7 +230,7 @@ def log_comparison(comparison: dict[str, Any]) -> None:
         words = PHANTOM_NOTE if comparison["data_kind"] == "phantom" else KIND_WORDS["mixed"]
         log.warning("These are %s.", words)
     table = tabulate_comparison(comparison["cohorts"])
-    log.info("mean over cases%s:\n%s", note_of_modes(comparison), table.to_string(index=False))
+    log.info("mean over cases, %s:\n%s", name_modes(comparison), table.to_string(index=False))
 
 
 def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
@@ -250,8 +250,7 @@ def compare_runs(runs: Sequence[str], output: str | None, seed: int) -> None:
     comparison = summarise_comparison(folders, rows, paired, seed)
     folder = Path(output) if output else first.parent / f"comparison_{first.name}_{second.name}"
     write_json(folder / "comparison.json", comparison)
-    note = note_of_modes(comparison)
-    note += note_kind(comparison["data_kind"])
+    note = f", {name_modes(comparison)}" + note_kind(comparison["data_kind"])
     plot_comparison(folder / "comparison.png", paired, comparison["cohorts"], (first.name, second.name), note)
     log_comparison(comparison)
     page, table = folder / "comparison.html", tabulate_comparison(comparison["cohorts"])

@@ -53,7 +53,7 @@ def write_comparison_page(
         shown={pair["key"] for pair in pairs},
         case_count=len(set(keys)),
         limit_mb=PAGE_BYTES // 1_000_000,
-        mode=note_of_modes(comparison).removeprefix(", "),
+        mode=name_modes(comparison),
         cards=list_cards(comparison),
         panels=[
             draw_scatter(rows, cohort, region)
@@ -83,12 +83,12 @@ def describe_pair(rows: pd.DataFrame, key: str) -> str:
     return f"{of_case['cohort'].iloc[0]}. {'; '.join(numbers)}"
 
 
-def note_of_modes(comparison: dict[str, Any]) -> str:
-    """Return what a title says of the masks compared."""
+def name_modes(comparison: Mapping[str, Any]) -> str:
+    """Return in words which masks are compared."""
     given = [name.upper() for name, is_given in comparison["masks_as_given"].items() if is_given]
     if len(given) == 2:
-        return ", masks as given"
-    return f", with TTA, masks of {given[0]} as given" if given else ", with TTA"
+        return "masks as given"
+    return f"with TTA, masks of {given[0]} as given" if given else "with TTA"
 
 
 def list_comparison_marks(comparison: Mapping[str, Any], shows_cases: bool) -> list[str]:

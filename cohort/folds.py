@@ -166,15 +166,7 @@ def plan_runs(
     check_folds(config)
     if not config.source.folds or (config.resume and not is_run_of_folds(Path(config.resume))):
         return None, [config]
-    run = Path(config.results_dir) / (config.run or "")
-    is_there = bool(config.run) and is_run_of_folds(run) and (bool(config.resume) or has_begun(run))
-    if not is_there:
-        try:
-            config = place(config)
-        except ClaimedError:  # two folds were started at once
-            if config.source.fold is None or not wait_for_start(run):
-                raise
-            is_there = True
+    config, is_there = find_or_place(config, place)
     run = Path(config.results_dir) / config.run
     if is_there:
         data_dir = choose_data_dir(config.source.data_dir)
@@ -194,6 +186,19 @@ def plan_runs(
     check_finished(run, set(range(len(folders))) - set(waiting))
     log.info("%s: %d folds, to train now: %s", run, len(folders), ", ".join(map(str, waiting)) or "none")
     return run, [settings_of_fold(config, folders[number], number) for number in waiting]
+
+
+def find_or_place(config: Settings, place: Callable[[Settings], Settings]) -> tuple[Settings, bool]:
+    """Return the settings with the name of their run, and whether it is there already."""
+    run = Path(config.results_dir) / (config.run or "")
+    if config.run and is_run_of_folds(run) and (config.resume or has_begun(run)):
+        return config, True
+    try:
+        return place(config), False
+    except ClaimedError:  # two folds were started at once
+        if config.source.fold is None or not wait_for_start(run):
+            raise
+        return config, True
 
 
 def has_begun(run: Path) -> bool:
